@@ -1,0 +1,1202 @@
+"""SoftMask++: multi-modal representation learning with text-driven soft masks, in one flat module.
+
+Paper: Jaeyoo Park and Bohyung Han, CVPR 2023, pp. 2798-2807, https://arxiv.org/abs/2304.00719
+Base:  ALBEF, Li et al., NeurIPS 2021, https://arxiv.org/abs/2107.07651, https://github.com/salesforce/ALBEF
+
+Every formula and number carries the mark of its source:
+  [paper]  said in the abstract or the caption of Fig. 2 of the SoftMask++ paper
+  [ALBEF]  ALBEF's published code or paper, the stated base of the method
+  [ours]   our choice, where those are silent
+
+Symbols
+  B pairs in a batch     L text tokens       N image patches (an image is 1 + N tokens: [CLS] first)
+  D width of a state     H attention heads   P width of the contrastive space   K entries of a queue
+  R rows of a fusion pass (a row is one text with one image)   I images   F fusion layers   V vocabulary
+  image_embeds, text_embeds   token states (B, 1 + N, D), (B, L, D)
+  image_feat, text_feat       projected, L2-normalised [CLS] states (B, P)
+  sim_i2t, sim_t2i            similarities over temperature, image to text and text to image
+  _m                          of the momentum twin
+Polarity: an attention mask is 1 (True) where a token may be attended; a soft mask is 1 where a patch is most
+relevant, and so is hidden most; ITM label 1 is a match.
+
+Index
+  Attention, Mlp                    building blocks
+  VisionTransformer                 image encoder                     [ALBEF] models/vit.py
+  TextEncoder, FusionEncoder        the two halves of BERT            [ALBEF] models/xbert.py
+  Encoders                          everything that has a twin        [paper] Fig. 2
+  update_twin, write_queue          momentum distillation, queues     [ALBEF] model_pretrain.py
+  focal_itc_loss                    focal loss for ITC                [paper] abstract; caption of Fig. 2: Section 3
+  hard_negatives, itm_loss          image-text matching               [ALBEF] model_pretrain.py
+  mlm_loss                          masked language modelling         [ALBEF] xbert.py BertForMaskedLM
+  word_attention                    word-conditional attention        [paper] abstract; caption of Fig. 2: Section 4.1
+  pick_word, soft_mask              the text-driven soft mask         [paper] caption of Fig. 2: Section 4.1
+  PretrainModel                     all of it in the order of Fig. 2  [paper] Fig. 2
+  mask_text, distort_images         multi-modal augmentation          [paper] abstract, Fig. 2
+  augment_image                     crop and RandAugment              [ALBEF] dataset/__init__.py, randaugment.py
+  clean_caption, tokenize           text                              [ALBEF] dataset/utils.py
+  read_state, load_weights, ...     DeiT, BERT and ALBEF weights
+  from_pretrained                   a trained model on your own image and sentence
+"""
+
+import copy
+import math
+import os
+import re
+
+import torch
+import torch.distributed
+import torch.nn as nn
+import torch.nn.functional as F
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional as TF
+
+# Building blocks
+
+
+class Attention(nn.Module):
+    """Multi-head attention of one sequence over the keys and values of another, or of itself. [ALBEF]
+
+    Keys and values are projected by a call of their own, so that they can be made once per image and read by many texts.
+    """
+
+    def __init__(self, dim: int, num_heads: int, context_dim: int | None = None, dropout: float = 0.0):
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"dim {dim} is not divisible by num_heads {num_heads}")
+        self.num_heads = num_heads
+        self.dropout = dropout
+        self.query = nn.Linear(dim, dim)
+        self.key = nn.Linear(context_dim or dim, dim)
+        self.value = nn.Linear(context_dim or dim, dim)
+        self.out = nn.Linear(dim, dim)
+
+    def split_heads(self, x):
+        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, L, D) -> (B, H, L, D / H)
+
+    def keys_values(self, context):
+        """Keys and values, each (B, H, M, D / H), of context (B, M, context_dim)."""
+        return self.split_heads(self.key(context)), self.split_heads(self.value(context))
+
+    def scale_keys_values(self, keys, values, scale):
+        """Keys and values of scale * context, scale (B, M), without a new projection: W(sx) + b = s(Wx) + b. [ours]"""
+        scale = scale[:, None, :, None].to(keys.dtype)
+        key_bias = self.key.bias.view(1, self.num_heads, 1, -1).to(keys.dtype)
+        value_bias = self.value.bias.view(1, self.num_heads, 1, -1).to(keys.dtype)
+        return torch.lerp(key_bias, keys, scale), torch.lerp(value_bias, values, scale)
+
+    def forward(self, x, keys, values, mask=None, return_probs: bool = False):
+        """Attend from x (B, L, D).
+
+        mask: bool, broadcastable to (B, H, L, M), True where a key may be attended.
+        Returns the output (B, L, D) and, with return_probs, the probabilities (B, H, L, M) before dropout, float32;
+        they are part of the graph, so a score can be differentiated with respect to them. Else None.
+        """
+        query = self.split_heads(self.query(x))
+        dropout = self.dropout if self.training else 0.0
+        probs = None
+        if return_probs:
+            with torch.autocast(x.device.type, enabled=False):  # 8 bits of bf16 are too coarse for Grad-CAM
+                scores = query.float() @ keys.float().transpose(-2, -1) / math.sqrt(query.shape[-1])
+                if mask is not None:
+                    scores = scores.masked_fill(~mask, -math.inf)
+                probs = scores.softmax(-1)
+                context = (F.dropout(probs, dropout) @ values.float()).to(values.dtype)
+        else:
+            context = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, dropout_p=dropout)
+        return self.out(context.transpose(1, 2).flatten(2)), probs
+
+
+class Mlp(nn.Module):
+    """Two linear layers with a GELU (erf) between. [ALBEF]"""
+
+    def __init__(self, dim: int, hidden_dim: int):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.fc2 = nn.Linear(hidden_dim, dim)
+
+    def forward(self, x):
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+# Image encoder
+
+
+class VisionBlock(nn.Module):
+    """Pre-norm transformer layer. [ALBEF] Copy with: Attention, Mlp."""
+
+    def __init__(self, dim: int, num_heads: int):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = Attention(dim, num_heads)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = Mlp(dim, 4 * dim)
+
+    def forward(self, x):
+        h = self.norm1(x)
+        x = x + self.attn(h, *self.attn.keys_values(h))[0]
+        return x + self.mlp(self.norm2(x))
+
+
+class VisionTransformer(nn.Module):
+    """ViT: image (B, 3, S, S), normalised, to token states (B, 1 + N, D), [CLS] first, patches row by row. [ALBEF]
+
+    Copy with: Attention, Mlp, VisionBlock.
+    """
+
+    def __init__(self, image_size: int, patch_size: int, width: int, num_layers: int, num_heads: int):
+        super().__init__()
+        if image_size % patch_size:
+            raise ValueError(f"image_size {image_size} is not divisible by patch_size {patch_size}")
+        self.patch_size = patch_size
+        self.grid = image_size // patch_size  # patches a side
+        self.patch_embed = nn.Conv2d(3, width, kernel_size=patch_size, stride=patch_size)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.grid**2, width))
+        self.blocks = nn.ModuleList(VisionBlock(width, num_heads) for _ in range(num_layers))
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.apply(init_weights)
+        nn.init.trunc_normal_(self.cls_token, std=0.02)
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+
+    def forward(self, image):
+        side = self.grid * self.patch_size
+        if image.shape[-2:] != (side, side):
+            raise ValueError(f"image has shape {tuple(image.shape)}, the model takes (B, 3, {side}, {side})")
+        patches = self.patch_embed(image).flatten(2).transpose(1, 2)  # (B, D, h, w) -> (B, N, D)
+        x = torch.cat([self.cls_token.expand(len(image), -1, -1), patches], dim=1) + self.pos_embed
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+
+def resize_pos_embed(pos_embed, grid: int):
+    """Position embedding (1, 1 + n * n, D) resized to (1, 1 + grid * grid, D), bicubically; [CLS] unchanged. [ALBEF]"""
+    cls, patches = pos_embed[:, :1], pos_embed[:, 1:]
+    old = math.isqrt(patches.shape[1])
+    if old * old != patches.shape[1]:
+        raise ValueError(f"pos_embed of shape {tuple(pos_embed.shape)} is not [CLS] and a square grid")
+    if old == grid:
+        return pos_embed
+    patches = patches.unflatten(1, (old, old)).permute(0, 3, 1, 2)  # (1, n * n, D) -> (1, D, n, n)
+    patches = F.interpolate(patches.float(), size=(grid, grid), mode="bicubic", align_corners=False)
+    return torch.cat([cls, patches.flatten(2).transpose(1, 2).to(cls.dtype)], dim=1)
+
+
+def init_weights(module):
+    """Linear, convolution and embedding weights from N(0, 0.02), biases 0, as BERT and DeiT start. [ALBEF]"""
+    if isinstance(module, (nn.Linear, nn.Conv2d, nn.Embedding)):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+    if isinstance(module, (nn.Linear, nn.Conv2d)):
+        nn.init.zeros_(module.bias)
+
+
+# Text encoder, fusion encoder
+
+
+class TextLayer(nn.Module):
+    """Post-norm BERT layer; with image_dim it has cross-attention between self-attention and MLP. [ALBEF] xbert.py
+
+    Copy with: Attention, Mlp.
+    """
+
+    def __init__(self, dim: int, num_heads: int, dropout: float, image_dim: int | None = None):
+        super().__init__()
+        self.dropout = nn.Dropout(dropout)
+        self.self_attention = Attention(dim, num_heads, dropout=dropout)
+        self.self_norm = nn.LayerNorm(dim, eps=1e-12)
+        if image_dim is not None:
+            self.cross_attention = Attention(dim, num_heads, image_dim, dropout)
+            self.cross_norm = nn.LayerNorm(dim, eps=1e-12)
+        self.mlp = Mlp(dim, 4 * dim)
+        self.mlp_norm = nn.LayerNorm(dim, eps=1e-12)
+
+    def forward(self, x, mask, keys_values=None, image_index=None, return_probs: bool = False):
+        """x (R, L, D), mask (R, 1, L or 1, L) bool; keys_values, image_index: see FusionEncoder. Returns x, probs."""
+        probs = None
+        x = self.self_norm(x + self.dropout(self.self_attention(x, *self.self_attention.keys_values(x), mask)[0]))
+        if keys_values is not None:
+            keys, values = keys_values
+            query = x
+            if image_index is not None:
+                keys, values = keys[image_index], values[image_index]  # (I, ...) -> (R, ...)
+            elif len(keys) != len(x):
+                query = x.reshape(len(keys), -1, x.shape[-1])  # (R, L, D) -> (I, R / I * L, D): one long query an image
+            attended, probs = self.cross_attention(query, keys, values, return_probs=return_probs)
+            x = self.cross_norm(x + self.dropout(attended.reshape(x.shape)))
+        return self.mlp_norm(x + self.dropout(self.mlp(x))), probs
+
+
+class TextEncoder(nn.Module):
+    """Embeddings and lower layers of BERT: input_ids (B, L) to token states (B, L, D). [ALBEF]
+
+    Copy with: Attention, Mlp, TextLayer, init_weights.
+    """
+
+    def __init__(self, vocab_size: int, max_positions: int, width: int, num_layers: int, num_heads: int, dropout: float):
+        super().__init__()
+        self.embeddings = nn.ModuleDict({
+            "word": nn.Embedding(vocab_size, width),
+            "position": nn.Embedding(max_positions, width),
+            "token_type": nn.Embedding(2, width),
+            "norm": nn.LayerNorm(width, eps=1e-12),
+        })
+        self.dropout = nn.Dropout(dropout)
+        self.layers = nn.ModuleList(TextLayer(width, num_heads, dropout) for _ in range(num_layers))
+        self.apply(init_weights)
+
+    def forward(self, input_ids, attention_mask):
+        positions = self.embeddings["position"].weight[: input_ids.shape[1]]
+        if len(positions) < input_ids.shape[1]:
+            raise ValueError(f"input_ids of shape {tuple(input_ids.shape)} is longer than {len(positions)} positions")
+        x = self.embeddings["word"](input_ids) + positions + self.embeddings["token_type"].weight[0]
+        x = self.dropout(self.embeddings["norm"](x))
+        mask = attention_mask[:, None, None, :].bool()
+        for layer in self.layers:
+            x, _ = layer(x, mask)
+        return x
+
+
+class FusionEncoder(nn.Module):
+    """Upper layers of BERT with cross-attention to the image: the multi-modal encoder. [ALBEF]
+
+    Copy with: Attention, Mlp, TextLayer, init_weights.
+    """
+
+    def __init__(self, width: int, image_width: int, num_layers: int, num_heads: int, dropout: float):
+        super().__init__()
+        self.layers = nn.ModuleList(TextLayer(width, num_heads, dropout, image_width) for _ in range(num_layers))
+        self.apply(init_weights)
+
+    def keys_values(self, image_embeds):
+        """Per fusion layer the keys and values, each (I, H, 1 + N, D / H), of image_embeds (I, 1 + N, D)."""
+        return [layer.cross_attention.keys_values(image_embeds) for layer in self.layers]
+
+    def soft_mask_keys_values(self, keys_values, mask):
+        """Keys and values of soft-masked images, v~ = (1 - m) v per patch, [CLS] unchanged. [paper]; 1 - m: [ours]
+
+        mask (I, N) in [0, 1], 1 = most relevant = hidden most.
+        """
+        scale = 1 - F.pad(mask, (1, 0))  # (I, N) -> (I, 1 + N); the image's [CLS] has m = 0
+        return [
+            layer.cross_attention.scale_keys_values(keys, values, scale)
+            for layer, (keys, values) in zip(self.layers, keys_values)
+        ]
+
+    def forward(self, text_embeds, attention_mask, keys_values, image_index=None, attention_layer: int | None = None):
+        """Fuse R texts with the images they read.
+
+        text_embeds (R, L, D); attention_mask (R, L); keys_values: per layer two tensors (I, H, 1 + N, D / H).
+        image_index (R,) int64: the image each row reads. None: rows are laid out image by image, R / I rows each.
+        attention_layer: also return that layer's cross-attention probabilities.
+        Returns states (R, L, D), and the probabilities (R, H, L, 1 + N), float32, or None.
+        """
+        if image_index is None and len(text_embeds) % len(keys_values[0][0]):
+            raise ValueError(f"{len(text_embeds)} rows cannot be shared out evenly to {len(keys_values[0][0])} images")
+        attention = None
+        mask = attention_mask[:, None, None, :].bool()
+        x = text_embeds
+        for i, layer in enumerate(self.layers):
+            x, probs = layer(x, mask, keys_values[i], image_index, return_probs=i == attention_layer)
+            attention = probs if i == attention_layer else attention
+        return x, attention
+
+
+class MlmHead(nn.Module):
+    """Vocabulary logits of token states, tied to the word embeddings. [ALBEF]"""
+
+    def __init__(self, width: int, vocab_size: int):
+        super().__init__()
+        self.dense = nn.Linear(width, width)
+        self.norm = nn.LayerNorm(width, eps=1e-12)
+        self.bias = nn.Parameter(torch.zeros(vocab_size))
+        self.apply(init_weights)
+
+    def forward(self, states, word_embeddings):
+        """states (..., D), word_embeddings (V, D); returns logits (..., V)."""
+        return F.linear(self.norm(F.gelu(self.dense(states))), word_embeddings, self.bias)
+
+
+class Encoders(nn.Module):
+    """Image, text and fusion encoder, projections and MLM head: all that has a momentum twin. [paper] Fig. 2, [ALBEF]
+
+    Every task, pre-training or not, goes through encode_image, encode_text, image_keys_values and fuse.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        image_size: int,
+        patch_size: int,
+        vision_width: int,
+        vision_layers: int,
+        vision_heads: int,
+        text_width: int,
+        text_layers: int,
+        fusion_layers: int,
+        text_heads: int,
+        max_positions: int,
+        embed_dim: int,
+        dropout: float,
+    ):
+        super().__init__()
+        self.vision = VisionTransformer(image_size, patch_size, vision_width, vision_layers, vision_heads)
+        self.text = TextEncoder(vocab_size, max_positions, text_width, text_layers, text_heads, dropout)
+        self.fusion = FusionEncoder(text_width, vision_width, fusion_layers, text_heads, dropout)
+        self.image_proj = nn.Linear(vision_width, embed_dim)
+        self.text_proj = nn.Linear(text_width, embed_dim)
+        self.mlm_head = MlmHead(text_width, vocab_size)
+
+    def encode_image(self, image):
+        """image (B, 3, S, S), normalised -> image_embeds (B, 1 + N, D)."""
+        return self.vision(image)
+
+    def encode_text(self, input_ids, attention_mask):
+        """input_ids (B, L) int64, attention_mask (B, L) -> text_embeds (B, L, D)."""
+        return self.text(input_ids, attention_mask)
+
+    def image_feat(self, image_embeds):
+        """image_embeds (B, 1 + N, D) -> image_feat (B, P), float32, of length 1."""
+        return F.normalize(self.image_proj(image_embeds[:, 0]).float(), dim=-1)
+
+    def text_feat(self, text_embeds):
+        """text_embeds (B, L, D) -> text_feat (B, P), float32, of length 1."""
+        return F.normalize(self.text_proj(text_embeds[:, 0]).float(), dim=-1)
+
+    def image_keys_values(self, image_embeds):
+        """What the fusion layers read of each image, projected once: see FusionEncoder.keys_values."""
+        return self.fusion.keys_values(image_embeds)
+
+    def fuse(self, text_embeds, attention_mask, keys_values, image_index=None, attention_layer=None):
+        """Fused states (R, L, D) and the cross-attention of attention_layer: see FusionEncoder.forward."""
+        return self.fusion(text_embeds, attention_mask, keys_values, image_index, attention_layer)
+
+    def mlm_logits(self, states):
+        """Fused states (..., D) -> vocabulary logits (..., V)."""
+        return self.mlm_head(states, self.text.embeddings["word"].weight)
+
+
+# Momentum twin and queue
+
+
+def make_twin(module):
+    """A copy of module that takes no gradient: the momentum twin at its start. [ALBEF]"""
+    return copy.deepcopy(module).requires_grad_(False).eval()
+
+
+@torch.no_grad()
+def update_twin(twin, student, momentum: float):
+    """Exponential moving average: twin = momentum * twin + (1 - momentum) * student, in place. [ALBEF]"""
+    torch._foreach_lerp_(list(twin.parameters()), list(student.parameters()), 1 - momentum)
+
+
+@torch.no_grad()
+def write_queue(queue, pointer: int, entries):
+    """Write entries (n, ...) over the oldest of queue (K, ...), in place, wrapping around at any n. [ALBEF]
+
+    pointer: where the oldest entry lies. Returns the new pointer.
+    """
+    size = len(queue)
+    if size == 0:
+        return 0
+    index = (pointer + torch.arange(len(entries), device=queue.device)) % size
+    queue[index[-size:]] = entries[-size:].to(queue.dtype)  # of more than K entries the last K stay
+    return (pointer + len(entries)) % size
+
+
+def gather(tensor):
+    """tensor of every process, concatenated along the first axis in order of rank; itself without a process group."""
+    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+        return tensor
+    parts = [torch.empty_like(tensor) for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather(parts, tensor.contiguous())
+    return torch.cat(parts)
+
+
+# Losses: pure functions of tensors
+
+
+def focal_itc_loss(
+    image_feat, text_feat, image_feat_m, text_feat_m, image_queue, text_queue, temp, alpha, gamma, positives=None
+):
+    """Image-text contrastive loss with momentum distillation and a focal factor. [paper] abstract, Fig. 2; [ALBEF] Eq. 6
+
+        L = -sum_j q_j (1 - p_j)^gamma log p_j,  averaged over the batch and the two directions
+        p = softmax of the student's feature against the twin's features of batch and queue, over temp
+        q = alpha * the twin's softmax + (1 - alpha) * the positives, shared out evenly
+
+    The focal loss is the paper's; this form of it is ours: the factor of Lin et al. (arXiv 1708.02002) on every term of
+    the soft-target cross-entropy. gamma 0 is exactly ALBEF's loss, alpha 0 has hard targets.
+    image_feat, text_feat, image_feat_m, text_feat_m (B, P) float32 of length 1; image_queue, text_queue (K, P), K >= 0.
+    temp: scalar > 0, takes a gradient from the student's p alone; alpha in [0, 1]; gamma >= 0.
+    positives (B, B + K) bool: which of batch and queue show the same image as pair i; None: pair i alone.
+    Returns the loss and the student's similarities over temp within the batch, sim_i2t and sim_t2i (B, B).
+    """
+    size = len(image_feat)
+    if positives is None:
+        positives = torch.eye(size, size + len(image_queue), dtype=torch.bool, device=image_feat.device)
+    hard_targets = positives / positives.sum(1, keepdim=True)
+
+    def one_direction(feat, feat_m, other_feat_m, other_queue):
+        with torch.autocast(feat.device.type, enabled=False):
+            sim = torch.cat([feat @ other_feat_m.T, feat @ other_queue.T], dim=1) / temp  # (B, B + K)
+            with torch.no_grad():
+                sim_m = torch.cat([feat_m @ other_feat_m.T, feat_m @ other_queue.T], dim=1) / temp
+                targets = alpha * sim_m.softmax(1) + (1 - alpha) * hard_targets
+            log_p = sim.log_softmax(1)
+            # 1 - p, clamped: where p rounds to 1, a gamma below 1 would have an infinite slope
+            focal = (-torch.expm1(log_p)).clamp_min(1e-12) ** gamma if gamma else 1.0
+            return -(targets * focal * log_p).sum(1).mean(), sim[:, :size]
+
+    loss_i2t, sim_i2t = one_direction(image_feat, image_feat_m, text_feat_m, text_queue)
+    loss_t2i, sim_t2i = one_direction(text_feat, text_feat_m, image_feat_m, image_queue)
+    return (loss_i2t + loss_t2i) / 2, sim_i2t, sim_t2i
+
+
+@torch.no_grad()
+def hard_negatives(sim, allowed, generator=None):
+    """For each row draw one column with probability softmax(sim) among the allowed. [ALBEF]
+
+    sim (B, B) over temperature; allowed (B, B) bool, False where the pair is a positive.
+    Returns index (B,) and valid (B,) bool; a row with nothing allowed is not valid, its index is its own number.
+    """
+    valid = allowed.any(1)
+    logits = sim.float().masked_fill(~allowed, -math.inf)  # before the softmax, which may round a kept column to 0
+    probs = torch.where(valid[:, None], logits, 0.0).softmax(1)
+    index = torch.multinomial(probs, 1, generator=generator).squeeze(1)
+    return torch.where(valid, index, torch.arange(len(sim), device=sim.device)), valid
+
+
+def itm_loss(logits, labels):
+    """Image-text matching: cross-entropy of logits (R, 2) with labels (R,), 1 match, 0 no match, -100 left out. [ALBEF]
+
+    The mean over the rows kept; 0 where there is none.
+    """
+    total = F.cross_entropy(logits.float(), labels, ignore_index=-100, reduction="sum")
+    return total / (labels != -100).sum().clamp_min(1)
+
+
+def mlm_loss(logits, logits_m, labels, alpha):
+    """Masked language modelling at the masked positions, distilled from the twin. [ALBEF] Eq. 7
+
+    logits, logits_m (M, V); labels (M,) int64; alpha in [0, 1]. The mean over M; 0 where no token is masked.
+    """
+    log_p = logits.float().log_softmax(-1)
+    soft = -(logits_m.float().softmax(-1) * log_p).sum(-1)
+    hard = F.nll_loss(log_p, labels, reduction="none")
+    return ((1 - alpha) * hard + alpha * soft).sum() / max(len(labels), 1)
+
+
+def itm_accuracy(logits, labels):
+    """Mean of the accuracy on matches and on non-matches, in [0, 1]: a constant answer gets 0.5. [ours]
+
+    logits (R, 2), labels (R,) as in itm_loss; a kind that does not occur counts as 0.5.
+    """
+    right = logits.argmax(1) == labels
+    rates = [torch.where((labels == kind).any(), right[labels == kind].float().mean(), 0.5) for kind in (0, 1)]
+    return sum(rates) / 2
+
+
+# Word attention and soft mask
+
+
+def check_attention_layer(layer: int, fusion_layers: int) -> int:
+    """The fusion layer whose attention is read, from 0; ValueError for one that cannot tell words apart.
+
+    The match score reads [CLS] alone, so in the last layer the gradient of every word's row is exactly zero.
+    """
+    if not 0 <= layer < fusion_layers - 1:
+        raise ValueError(
+            f"attention_layer {layer} gives no word attention: of {fusion_layers} fusion layers, numbered from 0, "
+            f"only those before the last reach the match score through a word's row; take 0 to {fusion_layers - 2}"
+        )
+    return layer
+
+
+def word_attention(attention, match_logit):
+    """Grad-CAM: where each token looks in the image for the evidence of a match. [paper] Fig. 2; the formula: [ALBEF]
+
+        G = mean over heads of A * relu(ds/dA), patches only
+
+    attention A (B, H, L, 1 + N), float32, with a graph; match_logit s (B,), its own pair's "match" logit.
+    Returns G (B, L, N) float32, detached. torch.autograd.grad walks the layers above A alone and fills no .grad, so
+    DistributedDataParallel never sees it.
+    """
+    (gradient,) = torch.autograd.grad(match_logit.sum(), attention, retain_graph=True)
+    return (attention * gradient.relu()).mean(1)[:, :, 1:].detach()  # (B, H, L, 1 + N) -> (B, L, N)
+
+
+@torch.no_grad()
+def pick_word(word_ids, excluded, generator=None):
+    """One whole word of each caption, drawn evenly. [paper] caption of Fig. 2: one is picked at random
+
+    word_ids (B, L) int64: which word a token is a piece of, -1 for special tokens and padding.
+    excluded (B, L) bool: tokens whose words may not be picked: those chosen for MLM [ours].
+    Returns (B, L) bool: the pieces of the picked word; nothing where no word is left.
+    """
+    same_word = (word_ids[:, :, None] == word_ids[:, None, :]) & (word_ids >= 0)[:, :, None]  # (B, L, L)
+    first_piece = same_word.int().argmax(2) == torch.arange(word_ids.shape[1], device=word_ids.device)
+    free = first_piece & (word_ids >= 0) & ~(same_word & excluded[:, None, :]).any(2)
+    has_word = free.any(1, keepdim=True)
+    probs = torch.where(has_word, free.float(), 1.0)
+    picked = torch.multinomial(probs, 1, generator=generator)
+    return (word_ids == word_ids.gather(1, picked)) & has_word
+
+
+@torch.no_grad()
+def soft_mask(cam, picked):
+    """The text-driven soft mask: the min-max normalised Grad-CAM of one word. [paper] caption of Fig. 2
+
+    cam G (B, L, N); picked (B, L) bool: the word's pieces, averaged [ours].
+    Returns m (B, N) float32 in [0, 1], 1 = most relevant; 0 everywhere where G is constant or no word is picked.
+    """
+    weight = picked.float() / picked.sum(1, keepdim=True).clamp_min(1)
+    cam = (cam.float() * weight[:, :, None]).sum(1)
+    low, high = cam.amin(1, keepdim=True), cam.amax(1, keepdim=True)
+    return torch.where(high > low, (cam - low) / (high - low).clamp_min(torch.finfo(cam.dtype).tiny), 0.0)
+
+
+# Pre-training
+
+
+class PretrainModel(nn.Module):
+    """SoftMask++ pre-training: focal ITC, ITM, soft-masked ITM and MLM on one batch of pairs. [paper] Fig. 2
+
+    With soft_mask False, focal_gamma 0, mask_text_for "mlm" and no image_ids this is ALBEF.
+    attention_layer: fusion layer of the word attention, from 0; None: (fusion_layers - 1) // 2, the third of six [ALBEF].
+    mask_text_for: "all": masked text enters ITC, ITM and MLM [paper]; "mlm": MLM alone [ALBEF].
+    soft_mask_negatives: no-match pairs with soft-masked images join the soft-masked ITM [ours].
+    The queues are buffers: image_queue, text_queue (K, P), queue_ids (K,), queue_pointer.
+    """
+
+    def __init__(
+        self,
+        encoders: Encoders,
+        queue_size: int,
+        momentum: float,
+        temp: float,
+        soft_mask: bool,
+        soft_mask_negatives: bool,
+        attention_layer: int | None,
+        focal_gamma: float,
+        mask_text_for: str,
+    ):
+        super().__init__()
+        fusion_layers = len(encoders.fusion.layers)
+        if soft_mask:
+            layer = (fusion_layers - 1) // 2 if attention_layer is None else attention_layer
+            self.attention_layer = check_attention_layer(layer, fusion_layers)
+        else:
+            self.attention_layer = None
+        if mask_text_for not in ("all", "mlm"):
+            raise ValueError(f'mask_text_for is {mask_text_for!r}, must be "all" or "mlm"')
+        self.momentum = momentum
+        self.soft_mask = soft_mask
+        self.soft_mask_negatives = soft_mask_negatives
+        self.focal_gamma = focal_gamma
+        self.mask_text_for = mask_text_for
+        self.encoders = encoders
+        self.encoders_m = make_twin(encoders)
+        self.itm_head = nn.Linear(encoders.text_proj.in_features, 2)
+        self.temp = nn.Parameter(torch.tensor(temp))
+        feat = encoders.image_proj.out_features
+        self.register_buffer("image_queue", F.normalize(torch.randn(queue_size, feat), dim=1))  # [ALBEF]: starts random
+        self.register_buffer("text_queue", F.normalize(torch.randn(queue_size, feat), dim=1))
+        self.register_buffer("queue_ids", torch.full((queue_size,), -100))
+        self.register_buffer("queue_pointer", torch.tensor(0))
+
+    def train(self, mode: bool = True):
+        super().train(mode)
+        self.encoders_m.eval()  # the teacher has no dropout [ours; ALBEF's has]
+        return self
+
+    def update_twin(self):
+        """Move the twin towards the student: once before each optimizer step's forward pass. [ALBEF]"""
+        update_twin(self.encoders_m, self.encoders, self.momentum)
+
+    @torch.no_grad()
+    def enqueue(self, image_feat_m, text_feat_m, image_ids):
+        """Put the twin's features (n, P) of all processes in the queues: once per optimizer step. [ALBEF]
+
+        image_ids (n,) int64, or None where they are not used.
+        """
+        if image_ids is None:
+            image_ids = torch.full((len(image_feat_m),), -100, device=image_feat_m.device)
+        pointer = int(self.queue_pointer)
+        write_queue(self.image_queue, pointer, gather(image_feat_m))
+        write_queue(self.queue_ids, pointer, gather(image_ids))
+        self.queue_pointer.fill_(write_queue(self.text_queue, pointer, gather(text_feat_m)))
+
+    def clamp_temp(self):
+        """Keep the temperature in [0.001, 0.5]: before each forward pass. [ALBEF]"""
+        with torch.no_grad():
+            self.temp.clamp_(0.001, 0.5)
+
+    def forward(
+        self, image, input_ids, attention_mask, masked_ids, mlm_labels, word_ids, image_ids, alpha: float, generator=None
+    ):
+        """Losses of one batch.
+
+        image (B, 3, S, S), normalised and distorted; input_ids, attention_mask (B, L): the clean text;
+        masked_ids, mlm_labels (B, L): the masked text and the ids it hides, -100 elsewhere; word_ids (B, L): see pick_word;
+        image_ids (B,) int64, or None: then every pair is its own image; alpha: weight of the twin's targets.
+        Returns losses {itc, itm, soft_itm, mlm}, statistics for the log, and the features for enqueue.
+        """
+        student, twin = self.encoders, self.encoders_m
+        size = len(image)
+        own = torch.arange(size, device=image.device)
+        masked = mlm_labels != -100
+        text_ids = masked_ids if self.mask_text_for == "all" else input_ids  # [paper] Fig. 2: the masked text enters
+
+        # Image encoder and text encoder, and their momentum twins
+        image_embeds = student.encode_image(image)  # (B, 1 + N, D)
+        text_embeds = student.encode_text(text_ids, attention_mask)  # (B, L, D)
+        image_feat, text_feat = student.image_feat(image_embeds), student.text_feat(text_embeds)  # (B, P)
+        with torch.no_grad():
+            image_embeds_m = twin.encode_image(image)
+            text_embeds_m = twin.encode_text(text_ids, attention_mask)
+            image_feat_m, text_feat_m = twin.image_feat(image_embeds_m), twin.text_feat(text_embeds_m)
+
+        # Focal ITC, before fusion
+        different = own[:, None] != own[None] if image_ids is None else image_ids[:, None] != image_ids[None]
+        positives = None if image_ids is None else image_ids[:, None] == torch.cat([image_ids, self.queue_ids])[None]
+        loss_itc, sim_i2t, sim_t2i = focal_itc_loss(
+            image_feat, text_feat, image_feat_m, text_feat_m, self.image_queue, self.text_queue,
+            self.temp, alpha, self.focal_gamma, positives,
+        )  # fmt: skip
+
+        # Multi-modal encoder on the positive pairs
+        keys_values = all_keys_values = student.image_keys_values(image_embeds)
+        fused, attention = student.fuse(text_embeds, attention_mask, keys_values, attention_layer=self.attention_layer)
+        match_logits = self.itm_head(fused[:, 0])  # (B, 2)
+
+        # ITM: each text with a hard negative image, each image with a hard negative text
+        negative_image, image_valid = hard_negatives(sim_t2i, different, generator)
+        negative_text, text_valid = hard_negatives(sim_i2t, different, generator)
+        rows = [(own, negative_image, 0, image_valid), (negative_text, own, 0, text_valid)]
+
+        # Soft-masked ITM: images B to 2B - 1 are the soft-masked ones, under the same negatives
+        if self.soft_mask:
+            cam = word_attention(attention, match_logits[:, 1])
+            picked = pick_word(word_ids, masked, generator)
+            mask, has_word = soft_mask(cam, picked), picked.any(1)
+            soft_keys_values = student.fusion.soft_mask_keys_values(keys_values, mask)
+            all_keys_values = [
+                (torch.cat([keys, soft_keys]), torch.cat([values, soft_values]))
+                for (keys, values), (soft_keys, soft_values) in zip(keys_values, soft_keys_values)
+            ]
+            rows.append((own, size + own, 1, has_word))
+            if self.soft_mask_negatives:
+                rows.append((negative_text, size + own, 0, text_valid & has_word))
+                rows.append((own, size + negative_image, 0, image_valid & has_word[negative_image]))
+
+        text_index, image_index = torch.cat([row[0] for row in rows]), torch.cat([row[1] for row in rows])
+        labels = torch.cat([torch.where(valid, label, -100) for _, _, label, valid in rows])
+        fused_rows, _ = student.fuse(text_embeds[text_index], attention_mask[text_index], all_keys_values, image_index)
+        logits = torch.cat([match_logits, self.itm_head(fused_rows[:, 0])])
+        labels = torch.cat([torch.ones_like(own), labels])
+        plain, soft = slice(0, 3 * size), slice(3 * size, None)
+        loss_itm, loss_soft_itm = itm_loss(logits[plain], labels[plain]), itm_loss(logits[soft], labels[soft])
+
+        # MLM: the same pass, unless the text is masked for it alone
+        if self.mask_text_for == "mlm":
+            text_embeds = student.encode_text(masked_ids, attention_mask)
+            fused, _ = student.fuse(text_embeds, attention_mask, keys_values)
+        with torch.no_grad():
+            if self.mask_text_for == "mlm":
+                text_embeds_m = twin.encode_text(masked_ids, attention_mask)
+            fused_m, _ = twin.fuse(text_embeds_m, attention_mask, twin.image_keys_values(image_embeds_m))
+            mlm_logits_m = twin.mlm_logits(fused_m[masked])  # (M, V)
+        loss_mlm = mlm_loss(student.mlm_logits(fused[masked]), mlm_logits_m, mlm_labels[masked], alpha)
+
+        losses = {"itc": loss_itc, "itm": loss_itm, "mlm": loss_mlm}
+        stats = {"itm_accuracy": itm_accuracy(logits[plain].detach(), labels[plain]), "temp": self.temp.detach().clone()}
+        if self.soft_mask:
+            losses["soft_itm"] = loss_soft_itm
+            stats["soft_itm_accuracy"] = itm_accuracy(logits[soft].detach(), labels[soft])
+            stats["mask_mean"] = mask.mean()
+        return losses, stats, (image_feat_m, text_feat_m, image_ids)
+
+
+def build_pretrain_model(vocab_size: int, model: dict, method: dict) -> PretrainModel:
+    """The pre-training model of config.yaml's sections `model` and `method`, given as plain dicts."""
+    encoders = Encoders(
+        vocab_size, model["image_size"], model["patch_size"],
+        model["vision_width"], model["vision_layers"], model["vision_heads"],
+        model["text_width"], model["text_layers"], model["fusion_layers"], model["text_heads"],
+        model["max_positions"], model["embed_dim"], model["dropout"],
+    )  # fmt: skip
+    return PretrainModel(
+        encoders, method["queue_size"], method["momentum"], method["temp"],
+        method["soft_mask"], method["soft_mask_negatives"], method["attention_layer"],
+        method["focal_gamma"], method["mask_text_for"],
+    )  # fmt: skip
+
+
+# Multi-modal augmentation
+
+
+def mask_text(input_ids, word_ids, mask_id: int, ordinary_ids, probability: float, random_replacement: bool, generator=None):
+    """Mask tokens for MLM: 80 % [MASK], 10 % a random token, 10 % unchanged. [ALBEF], after BERT
+
+    input_ids (B, L) int64; word_ids (B, L): special tokens and padding, -1, are never masked; ordinary_ids (n,): the
+    vocabulary without special tokens, which random ones are drawn from [ours; ALBEF draws special ones too].
+    probability in [0, 1], each token on its own; random_replacement False: [MASK] in every case.
+    Returns masked_ids (B, L) and mlm_labels (B, L): the id hidden, -100 where nothing is.
+    """
+
+    def uniform():
+        return torch.rand(input_ids.shape, generator=generator, device=input_ids.device)
+
+    chosen = (uniform() < probability) & (word_ids >= 0)
+    kind = uniform() if random_replacement else torch.zeros(input_ids.shape, device=input_ids.device)
+    drawn = torch.randint(len(ordinary_ids), input_ids.shape, generator=generator, device=input_ids.device)
+    replacement = torch.where(kind < 0.8, mask_id, torch.where(kind < 0.9, ordinary_ids[drawn], input_ids))
+    return torch.where(chosen, replacement, input_ids), torch.where(chosen, input_ids, -100)
+
+
+def distort_images(images, brightness: float, contrast: float, blur: float, hue: float, grayscale: float, generator=None):
+    """Render distortions on a batch. [paper] abstract names "rendering distortions on images"; which ones: [ours]
+
+    images (B, 3, S, S) float32 in [0, 1]; each image has its own draws. brightness, contrast: a factor from
+    [1 - x, 1 + x]; blur: probability of a Gaussian blur, sigma from 0.1 pixels to 1/128 of the side; hue: a turn of the
+    colour wheel from [-x, x], x at most 0.5; grayscale: a probability. 0 leaves that distortion out.
+    """
+
+    def draw(low, high):
+        uniform = torch.rand(len(images), generator=generator, device=images.device)
+        return (low + (high - low) * uniform)[:, None, None, None]
+
+    if brightness:
+        images = (images * draw(1 - brightness, 1 + brightness)).clamp(0, 1)
+    if contrast:
+        mean = TF.rgb_to_grayscale(images).mean((1, 2, 3), keepdim=True)
+        images = ((images - mean) * draw(1 - contrast, 1 + contrast) + mean).clamp(0, 1)
+    if blur:
+        limit = images.shape[-1] / 128
+        radius = max(1, math.ceil(2 * limit))
+        sigma = torch.where(draw(0, 1) < blur, draw(0.1, max(limit, 0.1)), 0.01).flatten()  # 0.01: the identity
+        offsets = torch.arange(-radius, radius + 1, device=images.device)
+        kernel = (-0.5 * (offsets / sigma[:, None]) ** 2).softmax(1).repeat_interleave(3, 0)[:, None, None]  # (3B, 1, 1, k)
+        flat = F.pad(images, [radius] * 4, mode="reflect").flatten(0, 1)[None]  # (B, 3, S, S) -> (1, 3B, S, S)
+        flat = F.conv2d(F.conv2d(flat, kernel, groups=flat.shape[1]), kernel.transpose(2, 3), groups=flat.shape[1])
+        images = flat[0].unflatten(0, (-1, 3))
+    if hue:
+        turns = draw(-hue, hue).flatten().tolist()
+        images = torch.stack([TF.adjust_hue(image, turn) for image, turn in zip(images, turns)])
+    if grayscale:
+        images = torch.where(draw(0, 1) < grayscale, TF.rgb_to_grayscale(images, num_output_channels=3), images)
+    return images
+
+
+RANDAUGMENT_OPS = (
+    "identity", "autocontrast", "equalize", "brightness", "sharpness",
+    "shear_x", "shear_y", "translate_x", "translate_y", "rotate",
+)  # fmt: skip
+"""[ALBEF] dataset/__init__.py: the ten operations; not those of torchvision's RandAugment."""
+
+
+def randaugment_op(image, name: str, sign: int):
+    """One of RANDAUGMENT_OPS on a PIL image, at ALBEF's level 7 of 10. [ALBEF] dataset/randaugment.py
+
+    sign 1 or -1: direction of the geometric ones. Shears are about the upper left corner; new pixels are grey (128).
+    """
+    shear = math.degrees(math.atan(sign * 0.21))
+    affine = {
+        "shear_x": (0, [0, 0], [shear, 0], [0, 0]),
+        "shear_y": (0, [0, 0], [0, shear], [0, 0]),
+        "translate_x": (0, [sign * 7, 0], [0, 0], None),
+        "translate_y": (0, [0, sign * 7], [0, 0], None),
+        "rotate": (sign * 21, [0, 0], [0, 0], None),
+    }
+    if name in affine:
+        angle, translate, shear, center = affine[name]
+        return TF.affine(image, angle, translate, 1.0, shear, InterpolationMode.BILINEAR, [128, 128, 128], center)
+    if name == "autocontrast":
+        return TF.autocontrast(image)
+    if name == "equalize":
+        return TF.equalize(image)
+    if name == "brightness":
+        return TF.adjust_brightness(image, 1.36)
+    if name == "sharpness":
+        return TF.adjust_sharpness(image, 1.36)
+    if name == "identity":
+        return image
+    raise ValueError(f"no operation {name!r}; there are {', '.join(RANDAUGMENT_OPS)}")
+
+
+def augment_image(image, size: int, crop_min_area: float, flip: bool, randaugment_ops: int, generator=None):
+    """Random resized crop, flip, and RandAugment: a PIL image to a PIL image of size x size. [ALBEF] dataset/__init__.py
+
+    crop_min_area: least share of the area kept; aspect ratio from 3/4 to 4/3; flip: mirror it (the caller draws this,
+    since the text has to be flipped along: flip_words); randaugment_ops: operations drawn, each applied half the time.
+    Copy with: RANDAUGMENT_OPS, randaugment_op.
+    """
+
+    def uniform(low, high):
+        return low + (high - low) * torch.rand((), generator=generator).item()
+
+    width, height = image.size
+    for _ in range(10):
+        area = width * height * uniform(crop_min_area, 1.0)
+        ratio = math.exp(uniform(math.log(3 / 4), math.log(4 / 3)))
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            break
+    else:  # no such crop fits an image this elongated: its centre
+        w, h = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
+    left, top = round(uniform(0, width - w)), round(uniform(0, height - h))
+    image = TF.resized_crop(image, top, left, h, w, [size, size], InterpolationMode.BICUBIC)
+    if flip:
+        image = TF.horizontal_flip(image)
+    for _ in range(randaugment_ops):
+        name = RANDAUGMENT_OPS[int(uniform(0, len(RANDAUGMENT_OPS)))]
+        apply, sign = uniform(0, 1) < 0.5, 1 if uniform(0, 1) < 0.5 else -1
+        image = randaugment_op(image, name, sign) if apply else image
+    return image
+
+
+def flip_words(text: str) -> str:
+    """Swap the words left and right, as the mirror image needs it. [ours; ALBEF leaves them]"""
+    swap = {"left": "right", "right": "left"}
+    return re.sub(r"\b(left|right)\b", lambda match: swap[match[0]], text)
+
+
+# Images and text as the model takes them
+
+IMAGE_MEAN, IMAGE_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+"""Per channel, of pixels in [0, 1]. [ALBEF]: CLIP's."""
+
+
+def normalize(images):
+    """images (B, 3, S, S) in [0, 1] -> what encode_image takes. [ALBEF]"""
+    return TF.normalize(images, IMAGE_MEAN, IMAGE_STD)
+
+
+def square(image, size: int):
+    """A PIL image resized to size x size, bicubically, whatever its aspect: the image of every evaluation. [ALBEF]"""
+    return TF.resize(image, [size, size], InterpolationMode.BICUBIC)
+
+
+def clean_caption(caption: str, max_words: int) -> str:
+    """Lower case, punctuation dropped, - and / to spaces, at most max_words words. [ALBEF] pre_caption"""
+    caption = re.sub(r"[,.'!?\"()*#:;~]", "", caption.lower())
+    caption = caption.replace("-", " ").replace("/", " ").replace("<person>", "person")
+    caption = re.sub(r"\s{2,}", " ", caption).rstrip("\n").strip(" ")
+    return " ".join(caption.split(" ")[:max_words])
+
+
+def clean_question(question: str, max_words: int) -> str:
+    """As clean_caption, but spaces within and in front, and <person>, stay. [ALBEF] pre_question"""
+    question = re.sub(r"[,.'!?\"()*#:;~]", "", question.lower()).replace("-", " ").replace("/", " ").rstrip(" ")
+    return " ".join(question.split(" ")[:max_words])
+
+
+def load_tokenizer(name):
+    """A BERT tokenizer: name is a vocab.txt, a folder that holds one, a list of its entries, or a name on the hub.
+
+    ValueError where it is none of these, or has no [CLS], [PAD], [MASK] or [UNK].
+    """
+    from transformers import AutoTokenizer, BertTokenizer  # here, so that the rest of this module needs torch alone
+
+    if isinstance(name, str) and os.path.isdir(name):
+        name = os.path.join(name, "vocab.txt")
+    if isinstance(name, str) and not os.path.isfile(name):
+        try:
+            return AutoTokenizer.from_pretrained(name)
+        except Exception as error:  # the hub's client raises many kinds
+            raise ValueError(
+                f"tokenizer {name!r} is no file here and could not be loaded from the hub ({type(error).__name__}); "
+                "name a vocab.txt"
+            ) from None
+    if isinstance(name, str):
+        with open(name, encoding="utf-8") as file:
+            entries = [line.rstrip("\n") for line in file]
+    else:
+        entries, name = list(name), "vocabulary"
+    absent = {"[PAD]", "[UNK]", "[CLS]", "[MASK]"} - set(entries)
+    if absent:
+        raise ValueError(f"{name} is no BERT vocabulary: it lacks {', '.join(sorted(absent))}")
+    # transformers 5 ignores vocab_file= without a word and maps all to [UNK]; vocab= works
+    return BertTokenizer(vocab={entry: i for i, entry in enumerate(entries)})
+
+
+def vocabulary(tokenizer) -> list[str]:
+    """The tokenizer's entries in the order of their ids: kept in every checkpoint, read by load_tokenizer."""
+    return [entry for entry, _ in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])]
+
+
+def tokenize(tokenizer, texts: list[str], max_tokens: int) -> dict:
+    """[CLS] and the word pieces of each text, with no [SEP] [ALBEF], padded to the longest.
+
+    Returns input_ids, attention_mask, word_ids (B, L) int64 (word_ids: number of the word a token is a piece of, -1 for
+    [CLS] and padding), L at most max_tokens; and truncated, the number of texts cut to that.
+    """
+    pieces = tokenizer(list(texts), add_special_tokens=False)
+    ids = [row[: max_tokens - 1] for row in pieces["input_ids"]]
+    longest = 1 + max(map(len, ids))
+    input_ids = torch.full((len(ids), longest), tokenizer.pad_token_id)
+    word_ids = torch.full((len(ids), longest), -1)
+    input_ids[:, 0] = tokenizer.cls_token_id
+    for i, row in enumerate(ids):
+        input_ids[i, 1 : 1 + len(row)] = torch.tensor(row, dtype=torch.int64)
+        word_ids[i, 1 : 1 + len(row)] = torch.tensor(pieces.word_ids(i)[: len(row)], dtype=torch.int64)
+    attention_mask = (word_ids >= 0).long()
+    attention_mask[:, 0] = 1
+    truncated = sum(len(row) > max_tokens - 1 for row in pieces["input_ids"])
+    return {"input_ids": input_ids, "attention_mask": attention_mask, "word_ids": word_ids, "truncated": truncated}
+
+
+# Weights of DeiT, BERT and ALBEF
+
+ALBEF_NAMES = (
+    ("visual_encoder.", "vision."),
+    ("patch_embed.proj.", "patch_embed."),
+    ("attn.proj.", "attn.out."),
+    ("vision_proj.", "image_proj."),
+    ("text_encoder.bert.", "text_encoder."),
+    ("text_encoder.cls.predictions.transform.dense.", "mlm_head.dense."),
+    ("text_encoder.cls.predictions.transform.LayerNorm.", "mlm_head.norm."),
+    ("text_encoder.cls.predictions.bias", "mlm_head.bias"),
+    ("text_encoder.embeddings.word_embeddings.", "text.embeddings.word."),
+    ("text_encoder.embeddings.position_embeddings.", "text.embeddings.position."),
+    ("text_encoder.embeddings.token_type_embeddings.", "text.embeddings.token_type."),
+    ("text_encoder.embeddings.LayerNorm.", "text.embeddings.norm."),
+    ("text_encoder.encoder.layer.", "bert.layers."),
+    ("crossattention.self.", "cross_attention."),
+    ("crossattention.output.dense.", "cross_attention.out."),
+    ("crossattention.output.LayerNorm.", "cross_norm."),
+    (".attention.self.", ".self_attention."),
+    (".attention.output.dense.", ".self_attention.out."),
+    (".attention.output.LayerNorm.", ".self_norm."),
+    (".intermediate.dense.", ".mlp.fc1."),
+    (".output.dense.", ".mlp.fc2."),
+    (".output.LayerNorm.", ".mlp_norm."),
+)
+"""Part of ALBEF's parameter name -> ours, applied in this order. DeiT's names are ALBEF's behind visual_encoder.,
+Hugging Face BERT's are ALBEF's behind text_encoder."""
+
+NOT_OURS = re.compile(
+    r"position_ids$|cls\.predictions\.decoder\.|pooler\.|seq_relationship\.|visual_encoder(_m)?\.head\."
+    r"|^(image_queue|text_queue|idx_queue|queue_ptr)$"
+)
+"""What those checkpoints hold and we expect to leave: constants, tied copies, heads of other tasks, queues."""
+
+
+def rename_albef(state: dict, text_layers: int) -> dict:
+    """A state under ALBEF's names -> ours, the twin's entries under encoders_m. [ALBEF]
+
+    text_layers: BERT layers below the fusion encoder. Fused qkv are cut into query, key and value.
+    """
+    renamed = {}
+    for key, tensor in state.items():
+        if NOT_OURS.search(key):
+            continue
+        name = re.sub(r"^(visual_encoder|text_encoder|vision_proj|text_proj)_m\.", r"\1.", key)
+        prefix = "encoders_m." if name != key else "encoders."
+        name = name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
+        for theirs, ours in ALBEF_NAMES:
+            name = name.replace(theirs, ours)
+        layer = re.match(r"bert\.layers\.(\d+)\.(.*)", name)
+        if layer:
+            i = int(layer[1])
+            name = f"text.layers.{i}.{layer[2]}" if i < text_layers else f"fusion.layers.{i - text_layers}.{layer[2]}"
+        if not name.startswith(("vision.", "text.", "fusion.", "image_proj.", "text_proj.", "mlm_head.")):
+            prefix = ""  # temp, itm_head
+        if ".attn.qkv." in name:
+            for part, chunk in zip(("query", "key", "value"), tensor.chunk(3)):
+                renamed[prefix + name.replace("qkv", part)] = chunk
+        else:
+            renamed[prefix + name] = tensor
+    return renamed
+
+
+def load_weights(module, state: dict, missing_ok: tuple[str, ...] = ()) -> list[str]:
+    """Copy state into module, position embeddings resized to its grid; every other difference is a ValueError.
+
+    missing_ok: regular expressions of names that may be absent from state and keep their fresh values.
+    Returns the names that kept them. Raises ValueError that names each key left over, missing or of another shape.
+    """
+    own = module.state_dict()
+    grids = {f"{name}.pos_embed": m.grid for name, m in module.named_modules() if isinstance(m, VisionTransformer)}
+    state = {k: resize_pos_embed(v, grids[k]) if k in grids else v for k, v in state.items()}
+    missing = [k for k in own if k not in state]
+    faults = [f"{k} is missing" for k in missing if not any(re.search(pattern, k) for pattern in missing_ok)]
+    faults += [f"{k} is left over" for k in state if k not in own]
+    faults += [
+        f"{k} has shape {tuple(v.shape)}, the model's has {tuple(own[k].shape)}"
+        for k, v in state.items()
+        if k in own and v.shape != own[k].shape
+    ]
+    if faults:
+        more = f" (and {len(faults) - 6} more)" if len(faults) > 6 else ""
+        raise ValueError("the weights do not fit the model: " + "; ".join(faults[:6]) + more)
+    module.load_state_dict(state, strict=False)
+    return missing
+
+
+def read_state(path) -> dict:
+    """The tensors of a checkpoint file: .safetensors, or torch.save's, raw or under "model" or "state_dict".
+
+    A leading "module." is dropped. Nothing but tensors and plain containers is unpickled.
+    ValueError where the file is no such checkpoint.
+    """
+    try:
+        if str(path).endswith(".safetensors"):
+            from safetensors.torch import load_file  # comes with transformers
+
+            state = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # a broken file raises many kinds
+        raise ValueError(f"{path} is no checkpoint that can be read safely ({type(error).__name__})") from None
+    for name in ("model", "state_dict"):
+        if isinstance(state, dict) and isinstance(state.get(name), dict):
+            state = state[name]
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise ValueError(f"{path} holds no state dict of tensors")
+    return {key.removeprefix("module."): value for key, value in state.items()}
+
+
+def load_deit(encoders: Encoders, state: dict):
+    """Start the image encoder from a DeiT state (patch_embed.proj.weight, blocks.0.attn.qkv.weight, ...). [ALBEF]"""
+    state = rename_albef({f"visual_encoder.{key}": value for key, value in state.items()}, text_layers=0)
+    load_weights(encoders.vision, {key.removeprefix("encoders.vision."): value for key, value in state.items()})
+
+
+def load_bert(encoders: Encoders, state: dict) -> list[str]:
+    """Start text encoder, fusion encoder and MLM head from a Hugging Face BERT state, with or without "bert.". [ALBEF]
+
+    Cross-attention starts fresh; so does the MLM head where the state has none. Returns the names that did.
+    """
+    state = {f"text_encoder.{key.removeprefix('bert.')}": value for key, value in state.items()}
+    state = rename_albef(state, text_layers=len(encoders.text.layers))
+    fresh = ("^vision", "^image_proj", "^text_proj", "cross_attention", "cross_norm")
+    if not any("mlm_head" in key for key in state):
+        fresh += ("^mlm_head",)
+    return load_weights(encoders, {key.removeprefix("encoders."): value for key, value in state.items()}, fresh)
+
+
+def load_start(model: PretrainModel, state: dict) -> list[str]:
+    """Start a model from a checkpoint of ours or of ALBEF; queues start anew. Returns the names that kept fresh values.
+
+    The twin comes from the checkpoint if it holds one, else it is a copy of the student made afterwards.
+    """
+    ours = any(key.startswith("encoders.") for key in state)
+    if not ours:
+        state = rename_albef(state, text_layers=len(model.encoders.text.layers))
+    state = {key: value for key, value in state.items() if "queue" not in key}
+    missing = load_weights(model, state, ("queue", "^encoders_m"))
+    if any(key.startswith("encoders_m") for key in missing):
+        model.encoders_m.load_state_dict(model.encoders.state_dict())
+    return [key for key in missing if "queue" not in key and not key.startswith("encoders_m")]
+
+
+# A trained model on your own image and sentence
+
+
+class Pretrained:
+    """A trained model that takes PIL images and strings. Made by from_pretrained."""
+
+    def __init__(self, model: PretrainModel, tokenizer, max_tokens: int, max_words: int):
+        self.model = model.eval()
+        self.tokenizer = tokenizer
+        self.max_tokens = max_tokens
+        self.max_words = max_words
+
+    def inputs(self, image=None, text=None):
+        device = self.model.temp.device
+        if image is not None:
+            vision = self.model.encoders.vision
+            image = TF.to_dtype(TF.to_image(square(image.convert("RGB"), vision.grid * vision.patch_size)), scale=True)
+            image = normalize(image[None].to(device))
+        if text is not None:
+            text = tokenize(self.tokenizer, [clean_caption(text, self.max_words)], self.max_tokens)
+            text = {key: text[key].to(device) for key in ("input_ids", "attention_mask", "word_ids")}
+        return image, text
+
+    @torch.no_grad()
+    def encode_image(self, image):
+        """The image's feature (P,), float32, of length 1: its dot product with a text's is their similarity."""
+        return self.model.encoders.image_feat(self.model.encoders.encode_image(self.inputs(image=image)[0]))[0]
+
+    @torch.no_grad()
+    def encode_text(self, text: str):
+        """The text's feature (P,), float32, of length 1."""
+        text = self.inputs(text=text)[1]
+        encoders = self.model.encoders
+        return encoders.text_feat(encoders.encode_text(text["input_ids"], text["attention_mask"]))[0]
+
+    def match_pass(self, image, text, attention_layer=None):
+        encoders = self.model.encoders
+        with torch.no_grad():
+            image_embeds = encoders.encode_image(image)
+            text_embeds = encoders.encode_text(text["input_ids"], text["attention_mask"])
+        keys_values = encoders.image_keys_values(image_embeds)
+        fused, attention = encoders.fuse(
+            text_embeds, text["attention_mask"], keys_values, attention_layer=attention_layer
+        )
+        return self.model.itm_head(fused[:, 0]).float(), attention
+
+    @torch.no_grad()
+    def match(self, image, text: str):
+        """Does the text describe the image: probability in [0, 1], and the "match" logit that rankings use. [ALBEF]"""
+        logits, _ = self.match_pass(*self.inputs(image, text))
+        return logits.softmax(-1)[0, 1].item(), logits[0, 1].item()
+
+    def word_attention(self, image, text: str, attention_layer: int | None = None):
+        """For each word of the text the Grad-CAM G over the image: the words, and (words, h, w) float32, pieces averaged.
+
+        attention_layer: fusion layer, from 0; None: the one of pre-training.
+        """
+        layers = len(self.model.encoders.fusion.layers)
+        layer = (layers - 1) // 2 if self.model.attention_layer is None else self.model.attention_layer
+        layer = check_attention_layer(layer if attention_layer is None else attention_layer, layers)
+        image, tokens = self.inputs(image, text)
+        with torch.enable_grad():
+            logits, attention = self.match_pass(image, tokens, layer)
+            cam = word_attention(attention, logits[:, 1])[0]  # (L, N)
+        word_ids = tokens["word_ids"][0]
+        pieces = self.tokenizer.convert_ids_to_tokens(tokens["input_ids"][0].tolist())
+        words, maps = [], []
+        for word in range(int(word_ids.max()) + 1):
+            index = (word_ids == word).nonzero().flatten()
+            words.append("".join(pieces[i].removeprefix("##") for i in index.tolist()))
+            maps.append(cam[index].mean(0))
+        grid = self.model.encoders.vision.grid
+        return words, torch.stack(maps).unflatten(1, (grid, grid)) if maps else cam.new_zeros(0, grid, grid)
+
+
+def checkpoint_path(path) -> str:
+    """A checkpoint file: path itself, or in the folder path best.pt, else checkpoint.pt. FileNotFoundError if none."""
+    if os.path.isfile(path):
+        return str(path)
+    for name in ("best.pt", "checkpoint.pt"):
+        if os.path.isfile(os.path.join(path, name)):
+            return os.path.join(path, name)
+    raise FileNotFoundError(f"{path}: no such file, and no folder with best.pt or checkpoint.pt")
+
+
+def read_checkpoint(path) -> dict:
+    """A checkpoint that train.py wrote, a plain dict; ValueError where the file at path is none."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:
+        raise ValueError(f"{path} is no checkpoint that can be read safely ({type(error).__name__})") from None
+    if not isinstance(checkpoint, dict) or not {"model", "config", "vocab", "step"} <= checkpoint.keys():
+        raise ValueError(f"{path} was not written by train.py: it lacks model, config, vocab or step")
+    return checkpoint
+
+
+def from_pretrained(path, device: str = "cpu") -> Pretrained:
+    """The model of a checkpoint that train.py wrote (the file, or the folder it lies in), ready for use."""
+    checkpoint = read_checkpoint(checkpoint_path(path))
+    config, vocab = checkpoint["config"], checkpoint["vocab"]
+    model = build_pretrain_model(len(vocab), config["model"], {**config["method"], "queue_size": 0})
+    state = {key: value for key, value in checkpoint["model"].items() if "queue" not in key}
+    load_weights(model, state, ("queue",))
+    data = config["data"]
+    return Pretrained(model.to(device), load_tokenizer(vocab), data["max_tokens"], data["max_words"])
