@@ -1,4 +1,58 @@
+"""Evaluate: metrics of every task, and pictures of soft masks.
+
+    python eval.py pretrain                                    # the figures that end pre-training, from its output
+    python eval.py pretrain --scale flickr8k --checkpoint DIR data.retrieval=flickr8k
+    python eval.py masks --checkpoint DIR --image photo.jpg --text "a dog on a red sofa"
+
+Metrics, percentages from 0 to 100 unless said otherwise:
+  zero_shot, reranked   retrieval by ITC alone, and with the top k re-ranked by ITM, under ALBEF's names:
+                        txt_r1, ... images whose caption is among the first 1, 5, 10; img_r1, ... captions whose image is
+  grounding             word attention against the boxes of named objects (scenes alone), see grounding_metrics
+  foils                 per kind, captions whose ITM score is above that of a version made false in one word; chance 50
+"""
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import sys
+
+import numpy as np
 import torch
+import torch.distributed as dist
+from PIL import Image, ImageDraw, ImageFont
+
+import data
+import softmask
+
+
+def rank() -> int:
+    """Number of this process, 0 without a process group."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Number of processes, 1 without a process group."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def resolve_device(config) -> torch.device:
+    """The device of this process: under torchrun each process of a machine has its own GPU."""
+    name = config.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise data.InputError("device: cuda was asked for, but torch finds no GPU; set device=cpu or auto")
+    return torch.device(name, int(os.environ.get("LOCAL_RANK", 0))) if name == "cuda" else torch.device(name)
+
+
+def autocast(config, device):
+    """bf16 autocast where precision asks for it."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
+
+
+# Retrieval
 
 
 def retrieval_metrics(sim_i2t, sim_t2i, image_of_text):
@@ -12,8 +66,365 @@ def retrieval_metrics(sim_i2t, sim_t2i, image_of_text):
     best_own = sim_i2t.masked_fill(~own, -torch.inf).amax(1, keepdim=True)
     txt_rank = ((sim_i2t >= best_own) & ~own).sum(1)
     img_rank = ((sim_t2i >= sim_t2i.gather(1, image_of_text[:, None])) & ~own.T).sum(1)
-    metrics = {f"txt_r{k}": 100 * (txt_rank < k).double().mean().item() for k in (1, 5, 10)}
-    metrics["txt_r_mean"] = sum(metrics.values()) / 3
+    txt = {f"txt_r{k}": 100 * (txt_rank < k).double().mean().item() for k in (1, 5, 10)}
     img = {f"img_r{k}": 100 * (img_rank < k).double().mean().item() for k in (1, 5, 10)}
-    metrics |= img | {"img_r_mean": sum(img.values()) / 3}
+    metrics = txt | {"txt_r_mean": sum(txt.values()) / 3} | img | {"img_r_mean": sum(img.values()) / 3}
     return metrics | {"r_mean": (metrics["txt_r_mean"] + metrics["img_r_mean"]) / 2}
+
+
+def image_batches(paths, indices, config, device):
+    """Yield (indices, images (b, 3, S, S) normalised, on device) of paths[i] for i in indices, in order."""
+    dataset = torch.utils.data.Subset(data.ImageDataset(paths, config.model.image_size), indices)
+    size = config.eval.batch_size
+    loader = torch.utils.data.DataLoader(dataset, size, num_workers=config.num_workers)
+    for start, images in zip(range(0, len(indices), size), loader):
+        yield indices[start : start + size], softmask.normalize(images.to(device).float() / 255)
+
+
+def to_device(tokens, device):
+    """The three tensors of softmask.tokenize on device."""
+    return {name: tokens[name].to(device) for name in ("input_ids", "attention_mask", "word_ids")}
+
+
+@torch.no_grad()
+def retrieval_scores(model, tokenizer, paths, captions, config):
+    """Similarities of a gallery by ITC, and the ITM scores of the top k in both directions.
+
+    Returns sim (I, T) float32, and scores_i2t (I, T), scores_t2i (T, I): "match" logits of the pairs in the top k of
+    their image or text by ITC, -inf elsewhere. k is eval.top_k, at most the gallery. [ALBEF] Retrieval.py
+    The pairs of both directions are grouped by image, whose keys and values are projected once. No image state is kept
+    (COCO 5K at 384 pixels: 8.9 GB); each image is encoded once for ITC and once for ITM. Images are dealt out to the
+    processes; every process returns all scores.
+    """
+    device, encoders = model.temp.device, model.encoders
+    mine = list(range(rank(), len(paths), world_size()))
+    image_feat = torch.zeros(len(paths), encoders.image_proj.out_features, device=device)
+    text_feat, text_states = [], []
+    with autocast(config, device):
+        for indices, images in image_batches(paths, mine, config, device):
+            image_feat[indices] = encoders.image_feat(encoders.encode_image(images))
+        for start in range(0, len(captions), config.eval.batch_size):
+            batch = captions[start : start + config.eval.batch_size]
+            tokens = to_device(softmask.tokenize(tokenizer, batch, config.data.max_tokens), device)
+            embeds = encoders.encode_text(tokens["input_ids"], tokens["attention_mask"])
+            text_feat.append(encoders.text_feat(embeds))
+            lengths = tokens["attention_mask"].sum(1).tolist()
+            text_states += [state[:length] for state, length in zip(embeds.cpu(), lengths)]
+    if world_size() > 1:
+        dist.all_reduce(image_feat)
+    sim = image_feat @ torch.cat(text_feat).T  # (I, T)
+
+    k_text, k_image = min(config.eval.top_k, len(captions)), min(config.eval.top_k, len(paths))
+    wanted_i2t = torch.zeros_like(sim, dtype=torch.bool).scatter_(1, sim.topk(k_text, 1).indices, True)
+    wanted_t2i = torch.zeros_like(sim, dtype=torch.bool).scatter_(0, sim.topk(k_image, 0).indices, True)
+    scores = torch.full_like(sim, -torch.inf)
+    with autocast(config, device):
+        for indices, images in image_batches(paths, mine, config, device):
+            image_embeds = encoders.encode_image(images)
+            for i, embeds in zip(indices, image_embeds):
+                texts = (wanted_i2t[i] | wanted_t2i[i]).nonzero().flatten()
+                states = [text_states[t] for t in texts.tolist()]
+                mask = torch.nn.utils.rnn.pad_sequence([torch.ones(len(s), device=device) for s in states], True)
+                states = torch.nn.utils.rnn.pad_sequence(states, True).to(device)
+                fused, _ = encoders.fuse(states, mask, encoders.image_keys_values(embeds[None]), cls_only=True)
+                scores[i, texts] = model.itm_head(fused[:, 0])[:, 1].float()
+    if world_size() > 1:
+        dist.all_reduce(scores, dist.ReduceOp.MAX)
+    unranked = -torch.inf
+    return sim, scores.masked_fill(~wanted_i2t, unranked), scores.masked_fill(~wanted_t2i, unranked).T
+
+
+def retrieval(model, tokenizer, file, image_root, config):
+    """Zero-shot retrieval on one file: metrics by ITC alone (zero_shot) and re-ranked by ITM (reranked)."""
+    paths, captions, image_of_text = data.load_retrieval(file, image_root, config.data.max_words)
+    sim, scores_i2t, scores_t2i = retrieval_scores(model, tokenizer, paths, captions, config)
+    image_of_text = torch.from_numpy(image_of_text).to(sim.device)
+    return {
+        "zero_shot": retrieval_metrics(sim, sim.T, image_of_text),
+        "reranked": retrieval_metrics(scores_i2t, scores_t2i, image_of_text),
+    }
+
+
+# The embedded scenes: do words look at their objects, are false captions told apart
+
+
+def pair_batches(rows, image_root, tokenizer, config, device, texts):
+    """Yield (rows, images, tokens per name in texts) of batches of annotation rows."""
+    paths = [data.join_image_path(image_root, row["image"]) for row in rows]
+    for indices, images in image_batches(paths, list(range(len(rows))), config, device):
+        batch = [rows[i] for i in indices]
+        cleaned = [[softmask.clean_caption(row[name], config.data.max_words) for row in batch] for name in texts]
+        yield batch, images, [to_device(softmask.tokenize(tokenizer, c, config.data.max_tokens), device) for c in cleaned]
+
+
+def pointing(cam, own_box, other_boxes):
+    """Where one word's attention map points. [ours], after the pointing game
+
+    cam (h, w) float; boxes (x, y, w, h) as shares of the side, so in [0, 1].
+    Returns hit_own (is the centre of the largest patch in its own box), hit_other (mean over the other boxes), mass_own,
+    mass_other (share of the map's sum in patches whose centre is in the box), area_own (share of patch centres in the own
+    box: what a random map gets). A constant map is a miss of every kind.
+    """
+    h, w = cam.shape
+    y, x = (torch.arange(h) + 0.5) / h, (torch.arange(w) + 0.5) / w
+
+    def inside(box):
+        left, top, width, height = box
+        return ((y >= top) & (y < top + height))[:, None] & ((x >= left) & (x < left + width))[None]
+
+    boxes = [inside(box) for box in [own_box, *other_boxes]]
+    result = {"area_own": boxes[0].float().mean().item(), "hit_own": 0.0, "hit_other": 0.0, "mass_own": 0.0, "mass_other": 0.0}
+    if cam.max() > cam.min():
+        peak = cam.flatten().argmax()
+        hits = [box.flatten()[peak].float().item() for box in boxes]
+        masses = [(cam[box].sum() / cam.sum()).item() for box in boxes]
+        result |= {"hit_own": hits[0], "mass_own": masses[0]}
+        if other_boxes:
+            result |= {"hit_other": np.mean(hits[1:]).item(), "mass_other": np.mean(masses[1:]).item()}
+    return result
+
+
+def grounding_metrics(model, tokenizer, rows, image_root, side, config):
+    """Word attention of each named object's shape word against the boxes of its scene. [ours]
+
+    rows: of boxes_test.json; side: of the pictures, pixels. Returns the means of pointing() over objects, in percent,
+    objects (their number), and ratio: hit_own / hit_other.
+    """
+    encoders, device = model.encoders, model.temp.device
+    layers = len(encoders.fusion.layers)
+    layer = (layers - 1) // 2 if model.attention_layer is None else model.attention_layer
+    grid, results = encoders.vision.grid, []
+    for batch, images, (tokens,) in pair_batches(rows, image_root, tokenizer, config, device, ["caption"]):
+        with autocast(config, device), torch.enable_grad():
+            with torch.no_grad():
+                image_embeds = encoders.encode_image(images)
+                text_embeds = encoders.encode_text(tokens["input_ids"], tokens["attention_mask"])
+            keys_values = encoders.image_keys_values(image_embeds)
+            fused, attention = encoders.fuse(text_embeds, tokens["attention_mask"], keys_values, attention_layer=layer)
+            cam = softmask.word_attention(attention, model.itm_head(fused[:, 0])[:, 1].float()).cpu()
+        for row, row_cam, word_ids in zip(batch, cam, tokens["word_ids"].cpu()):
+            boxes = [np.array(item["box"]) / side for item in row["objects"]]
+            unnamed = [np.array(box) / side for box in row["other_boxes"]]
+            for i, item in enumerate(row["objects"]):
+                pieces = word_ids == item["word_index"]
+                word_cam = row_cam[pieces].mean(0) if pieces.any() else torch.zeros(grid * grid)
+                results.append(pointing(word_cam.view(grid, grid), boxes[i], boxes[:i] + boxes[i + 1 :] + unnamed))
+    metrics = {name: 100 * float(np.mean([result[name] for result in results])) for name in results[0]}
+    metrics["ratio"] = metrics["hit_own"] / metrics["hit_other"] if metrics["hit_other"] else math.inf
+    return metrics | {"objects": len(results)}
+
+
+@torch.no_grad()
+def foil_metrics(model, tokenizer, rows, image_root, config):
+    """Is the true caption's ITM score above its foil's: percent per kind, its standard error and the number. [ours]
+
+    rows: of foils_test.json. A tie is a miss.
+    """
+    encoders, device, right = model.encoders, model.temp.device, {}
+    for batch, images, tokens in pair_batches(rows, image_root, tokenizer, config, device, ["caption", "foil"]):
+        with autocast(config, device):
+            keys_values = encoders.image_keys_values(encoders.encode_image(images))
+            scores = []
+            for text in tokens:
+                embeds = encoders.encode_text(text["input_ids"], text["attention_mask"])
+                fused, _ = encoders.fuse(embeds, text["attention_mask"], keys_values, cls_only=True)
+                scores.append(model.itm_head(fused[:, 0])[:, 1].float())
+        for row, above in zip(batch, (scores[0] > scores[1]).tolist()):
+            right.setdefault(row["kind"], []).append(above)
+    metrics = {}
+    for kind, answers in sorted(right.items()):
+        share = np.mean(answers)
+        error = 100 * math.sqrt(max(share * (1 - share), 1e-12) / len(answers))
+        metrics[kind] = {"accuracy": 100 * float(share), "standard_error": error, "foils": len(answers)}
+    return metrics
+
+
+def read_rows(path):
+    """The rows of a JSON file that the scenes wrote."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            return json.load(file)
+    except (OSError, ValueError) as error:
+        raise data.InputError(f"{path}: cannot be read ({error})") from None
+
+
+def evaluate_pretrained(model, tokenizer, config, out, split="test"):
+    """All figures of a pre-trained model; on the scenes also a sheet of soft masks, out/masks.png.
+
+    Process 0 alone measures grounding and foils; all processes share the retrieval.
+    """
+    model.eval()
+    settings = config.data.retrieval_sets[config.data.retrieval]
+    file = getattr(settings, split)
+    if not os.path.isfile(file):
+        print(f"no evaluation: data.retrieval_sets.{config.data.retrieval}.{split}: {file} is missing", file=sys.stderr)
+        return {}
+    metrics = retrieval(model, tokenizer, file, settings.image_root, config)
+    if rank() > 0:
+        return metrics
+    if config.data.grounding_boxes is not None:
+        rows = read_rows(config.data.grounding_boxes)
+        side = config.data.scenes.image_size
+        metrics["grounding"] = grounding_metrics(model, tokenizer, rows, settings.image_root, side, config)
+        pairs = [(data.join_image_path(settings.image_root, row["image"]), row["caption"]) for row in rows]
+        if config.eval.pictures:
+            draw_masks(model, tokenizer, pairs[: config.eval.pictures], config, os.path.join(out, "masks.png"))
+    if config.data.foils is not None:
+        rows = read_rows(config.data.foils)
+        metrics["foils"] = foil_metrics(model, tokenizer, rows, settings.image_root, config)
+    return metrics
+
+
+def format_metrics(metrics: dict) -> str:
+    """The results as a table to read."""
+    lines = []
+    if "zero_shot" in metrics:
+        names = ("txt_r1", "txt_r5", "txt_r10", "img_r1", "img_r5", "img_r10")
+        lines.append(f"{'retrieval, %':26}" + "".join(f"{name:>9}" for name in names) + f"{'mean R@1':>10}")
+        for kind, title in (("zero_shot", "by ITC"), ("reranked", "re-ranked by ITM")):
+            values = metrics[kind]
+            mean = (values["txt_r1"] + values["img_r1"]) / 2
+            lines.append(f"  {title:24}" + "".join(f"{values[name]:9.1f}" for name in names) + f"{mean:10.1f}")
+    if "grounding" in metrics:
+        g = metrics["grounding"]
+        lines += [
+            f"{'word attention, %':26}{'own box':>9}{'others':>9}{'ratio':>9}{'box area':>10}",
+            f"  {'largest patch':24}{g['hit_own']:9.1f}{g['hit_other']:9.1f}{g['ratio']:9.2f}{g['area_own']:10.1f}",
+            f"  {'mass':24}{g['mass_own']:9.1f}{g['mass_other']:9.1f}",
+        ]
+    if "foils" in metrics:
+        lines.append(f"{'foils told apart, %':26}" + "".join(f"{kind:>14}" for kind in metrics["foils"]))
+        values = "".join(f"{v['accuracy']:8.1f} ± {v['standard_error']:3.1f}" for v in metrics["foils"].values())
+        lines.append(f"  {'chance 50, ± 1 s.e.':24}{values}")
+    return "\n".join(lines)
+
+
+# Pictures
+
+
+def heat(value):
+    """A colour (..., 3) uint8 for values in [0, 1]: black, red, yellow, white."""
+    return (np.clip(np.stack([3 * value, 3 * value - 1, 3 * value - 2], -1), 0, 1) * 255).astype(np.uint8)
+
+
+def draw_masks(model, tokenizer, pairs, config, path, side=192):
+    """A sheet of pictures: a row a pair, the image, then for each word its soft mask laid over the image.
+
+    pairs: (image path, text). Bright = relevant = hidden most in the soft-masked image. Written as PNG to path.
+    """
+    api = softmask.Pretrained(model, tokenizer, config.data.max_tokens, config.data.max_words)
+    rows = []
+    font = ImageFont.load_default(14)
+    for image_path, text in pairs:
+        try:
+            image = softmask.square(data.read_image(image_path), side)
+        except data.BadImage as error:
+            raise data.InputError(str(error)) from None
+        words, cams = api.word_attention(data.read_image(image_path), text)
+        probability, _ = api.match(data.read_image(image_path), text)
+        cells = [(image, f"match {probability:.2f}")]
+        for word, cam in zip(words, cams.cpu()):
+            mask = softmask.soft_mask(cam.view(1, 1, -1), torch.ones(1, 1, dtype=torch.bool)).view(cam.shape)
+            overlay = Image.fromarray((mask.numpy() * 255).astype(np.uint8)).resize((side, side), Image.Resampling.BICUBIC)
+            value = np.asarray(overlay, dtype=np.float32)[..., None] / 255
+            grey = np.asarray(image.convert("L"), dtype=np.float32)[..., None].repeat(3, -1)
+            mixed = 0.45 * grey + 0.55 * heat(value[..., 0]).astype(np.float32)
+            cells.append((Image.fromarray(mixed.astype(np.uint8)), word))
+        rows.append((text, cells))
+    caption_height, label_height, gap = 20, 20, 4
+    width = max(len(cells) for _, cells in rows) * (side + gap) + gap
+    row_height = caption_height + side + label_height + gap
+    sheet = Image.new("RGB", (width, len(rows) * row_height + gap), "white")
+    pen = ImageDraw.Draw(sheet)
+    for i, (text, cells) in enumerate(rows):
+        top = i * row_height + gap
+        pen.text((gap, top), text, fill="black", font=font)
+        for j, (picture, label) in enumerate(cells):
+            left = gap + j * (side + gap)
+            sheet.paste(picture, (left, top + caption_height))
+            pen.text((left + 2, top + caption_height + side + 1), label, fill="black", font=font)
+    data.write_atomically(path, lambda file: sheet.save(file, "PNG"))
+
+
+# The command line
+
+
+def load(path, config_device, overrides=()):
+    """Model, tokenizer and settings of a checkpoint that train.py wrote, and a line that says what it is."""
+    path = softmask.checkpoint_path(path)
+    checkpoint = softmask.read_checkpoint(path)
+    api = softmask.from_pretrained(path, config_device)
+    files = ", ".join(checkpoint["config"]["data"]["pretrain_files"])
+    print(
+        f"{path}: {checkpoint['task']}, step {checkpoint['step']}, epoch {checkpoint['epoch']:.1f}, "
+        f"{checkpoint['config']['model']['image_size']} px, seed {checkpoint['config']['seed']}, commit "
+        f"{checkpoint['commit']}, from {files}",
+        file=sys.stderr,
+    )
+    return api, checkpoint
+
+
+def main(arguments):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], usage=__doc__.split("\n\n")[1])
+    parser.add_argument("words", nargs="+", metavar="TASK|masks key=value", help="what to evaluate; settings to override")
+    parser.add_argument("--scale", default="scenes", help="scale of config.yaml (default: scenes)")
+    parser.add_argument("--checkpoint", help="folder or file (default: out/SCALE/TASK)")
+    parser.add_argument("--image", help="masks: your own image")
+    parser.add_argument("--text", help="masks: your own sentence")
+    parser.add_argument("--split", default="test", choices=("val", "test"), help="split to evaluate on")
+    parser.add_argument("--out", help="masks: the PNG to write (default: masks.png in the checkpoint's folder)")
+    options = parser.parse_intermixed_args(arguments)
+    overrides = [word for word in options.words if "=" in word]
+    task, *rest = [word for word in options.words if "=" not in word] or [""]
+    if rest or task not in ("pretrain", "masks"):
+        raise data.InputError(f"{' '.join([task, *rest])!r} is none of pretrain, masks")
+    config = data.load_config(options.scale, overrides)
+    if "RANK" in os.environ:
+        dist.init_process_group("nccl" if resolve_device(config).type == "cuda" else "gloo")
+    if rank() == 0:
+        data.resolve_scenes(config)
+    if world_size() > 1:
+        dist.barrier()
+    config = data.resolve_scenes(config)
+    path = options.checkpoint or os.path.join("out", options.scale, "pretrain")
+    api, checkpoint = load(path, resolve_device(config))
+    # the weights fix the model; the command line the data and how to evaluate
+    config = data.config_from_dict(data.config_to_dict(config) | {"model": checkpoint["config"]["model"]}, path)
+    folder = path if os.path.isdir(path) else os.path.dirname(path)
+    if task == "masks":
+        target = options.out or os.path.join(folder, "masks.png")
+        if (options.image is None) != (options.text is None):
+            raise data.InputError("masks: --image and --text go together; without both, scenes are drawn")
+        if options.image is not None:
+            pairs = [(options.image, options.text)]
+        elif config.data.grounding_boxes is None:
+            raise data.InputError(f"masks: scale {options.scale} has no scenes; give --image and --text")
+        else:
+            root = config.data.retrieval_sets[config.data.retrieval].image_root
+            rows = read_rows(config.data.grounding_boxes)[: config.eval.pictures]
+            pairs = [(data.join_image_path(root, row["image"]), row["caption"]) for row in rows]
+        draw_masks(api.model, api.tokenizer, pairs, config, target)
+        print(target)
+        return
+    metrics = evaluate_pretrained(api.model, api.tokenizer, config, folder, options.split)
+    if rank() == 0:
+        print(format_metrics(metrics))
+
+
+@contextlib.contextmanager
+def one_line_errors():
+    """Turn a user's mistake into one line on stderr and exit status 2; end the process group either way."""
+    try:
+        yield
+    except (data.InputError, FileNotFoundError, ValueError) as error:
+        # an error from a loader worker carries that worker's traceback in front of its own line
+        print(f"error: {str(error).strip().splitlines()[-1]}", file=sys.stderr)
+        sys.exit(2)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main(sys.argv[1:])

@@ -210,15 +210,18 @@ class TextLayer(nn.Module):
         self.mlp = Mlp(dim, 4 * dim)
         self.mlp_norm = nn.LayerNorm(dim, eps=1e-12)
 
-    def forward(self, x, mask, keys_values=None, image_index=None, return_probs: bool = False):
-        """x (R, L, D), mask (R, 1, L or 1, L) bool; keys_values, image_index: see FusionEncoder. Returns x, probs."""
+    def forward(self, x, mask, keys_values=None, image_index=None, return_probs: bool = False, cls_only: bool = False):
+        """x (R, L, D), mask (R, 1, L or 1, L) bool; the others: see FusionEncoder. Returns x, probs."""
         probs = None
-        x = self.self_norm(x + self.dropout(self.self_attention(x, *self.self_attention.keys_values(x), mask)[0]))
+        keys, values = self.self_attention.keys_values(x)
+        if cls_only:
+            x = x[:, :1]  # (R, L, D) -> (R, 1, D)
+        x = self.self_norm(x + self.dropout(self.self_attention(x, keys, values, mask)[0]))
         if keys_values is not None:
             keys, values = keys_values
             query = x
             if image_index is not None:
-                keys, values = keys[image_index], values[image_index]  # (I, ...) -> (R, ...)
+                keys, values = keys.index_select(0, image_index), values.index_select(0, image_index)  # (R, H, 1 + N, d)
             elif len(keys) != len(x):
                 query = x.reshape(len(keys), -1, x.shape[-1])  # (R, L, D) -> (I, R / I * L, D): one long query an image
             attended, probs = self.cross_attention(query, keys, values, return_probs=return_probs)
@@ -282,13 +285,16 @@ class FusionEncoder(nn.Module):
             for layer, (keys, values) in zip(self.layers, keys_values)
         ]
 
-    def forward(self, text_embeds, attention_mask, keys_values, image_index=None, attention_layer: int | None = None):
+    def forward(
+        self, text_embeds, attention_mask, keys_values, image_index=None, attention_layer: int | None = None, cls_only=False
+    ):
         """Fuse R texts with the images they read.
 
         text_embeds (R, L, D); attention_mask (R, L); keys_values: per layer two tensors (I, H, 1 + N, D / H).
         image_index (R,) int64: the image each row reads. None: rows are laid out image by image, R / I rows each.
         attention_layer: also return that layer's cross-attention probabilities.
-        Returns states (R, L, D), and the probabilities (R, H, L, 1 + N), float32, or None.
+        cls_only: the last layer makes the state of [CLS] alone, all that a match score reads; the same number, sooner.
+        Returns states (R, L, D), with cls_only (R, 1, D), and the probabilities (R, H, L, 1 + N), float32, or None.
         """
         if image_index is None and len(text_embeds) % len(keys_values[0][0]):
             raise ValueError(f"{len(text_embeds)} rows cannot be shared out evenly to {len(keys_values[0][0])} images")
@@ -296,7 +302,8 @@ class FusionEncoder(nn.Module):
         mask = attention_mask[:, None, None, :].bool()
         x = text_embeds
         for i, layer in enumerate(self.layers):
-            x, probs = layer(x, mask, keys_values[i], image_index, return_probs=i == attention_layer)
+            short = cls_only and i == len(self.layers) - 1
+            x, probs = layer(x, mask, keys_values[i], image_index, i == attention_layer, short)
             attention = probs if i == attention_layer else attention
         return x, attention
 
@@ -366,9 +373,9 @@ class Encoders(nn.Module):
         """What the fusion layers read of each image, projected once: see FusionEncoder.keys_values."""
         return self.fusion.keys_values(image_embeds)
 
-    def fuse(self, text_embeds, attention_mask, keys_values, image_index=None, attention_layer=None):
+    def fuse(self, text_embeds, attention_mask, keys_values, image_index=None, attention_layer=None, cls_only=False):
         """Fused states (R, L, D) and the cross-attention of attention_layer: see FusionEncoder.forward."""
-        return self.fusion(text_embeds, attention_mask, keys_values, image_index, attention_layer)
+        return self.fusion(text_embeds, attention_mask, keys_values, image_index, attention_layer, cls_only)
 
     def mlm_logits(self, states):
         """Fused states (..., D) -> vocabulary logits (..., V)."""
@@ -691,7 +698,9 @@ class PretrainModel(nn.Module):
 
         text_index, image_index = torch.cat([row[0] for row in rows]), torch.cat([row[1] for row in rows])
         labels = torch.cat([torch.where(valid, label, -100) for _, _, label, valid in rows])
-        fused_rows, _ = student.fuse(text_embeds[text_index], attention_mask[text_index], all_keys_values, image_index)
+        fused_rows, _ = student.fuse(
+            text_embeds[text_index], attention_mask[text_index], all_keys_values, image_index, cls_only=True
+        )
         logits = torch.cat([match_logits, self.itm_head(fused_rows[:, 0])])
         labels = torch.cat([torch.ones_like(own), labels])
         plain, soft = slice(0, 3 * size), slice(3 * size, None)

@@ -1,0 +1,1067 @@
+"""Settings, annotation files and images: everything between the disk and a batch.
+
+Read top to bottom:
+    InputError, BadImage                    what can be wrong with a user's input
+    Config and its sections                 the settings of config.yaml, as frozen dataclasses
+    load_config, config_to_dict, ...        config.yaml + scale + command line -> Config
+    Records, FORMATS                        annotation files in one byte buffer that loader workers share
+    join_image_path, read_image             from a record's path to an RGB image
+    write_atomically, hash63                files that are whole or absent; the seeds of every draw
+    PairDataset, ShuffledBatches, make_loader    training batches, the same for any number of workers
+    load_retrieval, ImageDataset            evaluation
+    check                                   looks through a task's files before any training
+    render_scenes                           the embedded scenes
+
+The annotation formats are ALBEF's [ALBEF]; reading, checking and seeding are our choice [ours].
+"""
+import dataclasses
+import difflib
+import functools
+import hashlib
+import itertools
+import json
+import math
+import os
+import pathlib
+import random
+import shutil
+import sys
+import tempfile
+import types
+import typing
+from array import array
+
+import numpy as np
+import torch
+import yaml
+from PIL import Image, ImageDraw, ImageOps
+from torch.utils.data import DataLoader, Dataset
+
+import softmask
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+MAX_PIXELS = 100_000_000  # a larger image is refused before it is decoded
+# What a photograph comes in (JPEG covers MPO). Pillow knows more, and one of them (EPS) starts an interpreter.
+IMAGE_FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000"]
+MAX_TRIES = 20  # records tried for one place in a batch before the run stops
+MAX_CHECKED_IMAGES = 2_000_000
+MAX_CHECKED_CAPTIONS = 10_000
+
+
+class InputError(ValueError):
+    """Bad input of the user; the message is one line: what is wrong, where, what to do."""
+
+
+class BadImage(Exception):
+    """An image that cannot be read; the message names path and reason."""
+
+
+# The settings. What each means stands in config.yaml; a field here says its name and type alone.
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    image_size: int
+    patch_size: int
+    vision_width: int
+    vision_layers: int
+    vision_heads: int
+    text_width: int
+    text_layers: int
+    fusion_layers: int
+    text_heads: int
+    max_positions: int
+    embed_dim: int
+    dropout: float
+    vision_weights: str | None
+    text_weights: str | None
+
+
+@dataclasses.dataclass(frozen=True)
+class MethodConfig:
+    soft_mask: bool
+    soft_mask_negatives: bool
+    attention_layer: int | None
+    focal_gamma: float
+    mask_text_for: str
+    mlm_probability: float
+    mlm_random_replacement: bool
+    distort_brightness: float
+    distort_contrast: float
+    distort_blur: float
+    distort_hue: float
+    distort_grayscale: float
+    image_ids: bool
+    queue_size: int
+    momentum: float
+    alpha: float
+    temp: float
+
+
+@dataclasses.dataclass(frozen=True)
+class AugmentConfig:
+    crop_min_area: float
+    flip: bool
+    randaugment_ops: int
+
+
+@dataclasses.dataclass(frozen=True)
+class ScenesConfig:
+    level: str
+    train: int
+    val: int
+    test: int
+    image_size: int
+    seed: int
+
+
+@dataclasses.dataclass(frozen=True)
+class RetrievalSet:
+    image_root: str
+    train: str
+    val: str
+    test: str
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    tokenizer: str
+    max_tokens: int
+    max_words: int
+    scenes: ScenesConfig | None
+    pretrain_files: list[str]
+    pretrain_image_root: str
+    retrieval: str
+    retrieval_sets: dict[str, RetrievalSet]
+    grounding_boxes: str | None
+    foils: str | None
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskConfig:
+    start: str | None
+    epochs: int
+    batch_size: int
+    accumulation: int
+    lr: float
+    warmup_lr: float
+    warmup_steps: int
+    min_lr: float
+    temp_lr: float
+    weight_decay: float
+    clip_norm: float
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    batch_size: int
+    top_k: int
+    pictures: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    seed: int
+    precision: str
+    device: str
+    num_workers: int
+    log_every_steps: int
+    checkpoint_every_steps: int
+    max_bad_image_share: float
+    model: ModelConfig
+    method: MethodConfig
+    augment: AugmentConfig
+    data: DataConfig
+    pretrain: TaskConfig
+    eval: EvalConfig
+    scale: str
+
+
+# A scale that gives one of these replaces it; every other mapping is merged key by key.
+REPLACED_WHOLE = {"data.scenes", "data.retrieval_sets"}
+# Limits, by the last part of the key. A whole number not named in MAY_BE_ZERO is at least 1, every number at least 0.
+MAY_BE_ZERO = {"seed", "num_workers", "attention_layer", "randaugment_ops", "warmup_steps", "pictures"}
+SHARES = ("max_bad_image_share", "dropout", "mlm_probability", "distort_brightness", "distort_contrast", "distort_blur",
+          "distort_grayscale", "momentum", "alpha", "crop_min_area")
+LARGEST = dict.fromkeys(SHARES, 1.0) | {"distort_hue": 0.5, "temp": 0.5, "randaugment_ops": 10}
+CHOICES = {"precision": ("float32", "bf16"), "device": ("auto", "cpu", "cuda"), "mask_text_for": ("all", "mlm"),
+           "level": ("plain", "rich")}
+
+
+def load_config(scale, overrides=(), path=os.path.join(HERE, "config.yaml")):
+    """Read the settings of one scale.
+
+    scale: a key of the file's `scales`. overrides: strings "pretrain.batch_size=32", applied last; the value is YAML.
+    Every scale of the file is checked, not the chosen one alone. Returns Config; anything wrong is an InputError.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            document = yaml.safe_load(file)
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read ({error})") from None
+    except yaml.YAMLError as error:
+        raise InputError(f"{path}: not YAML ({_yaml_problem(error)})") from None
+    if not (isinstance(document, dict) and set(document) == {"base", "scales"}
+            and all(isinstance(part, dict) for part in document.values())):
+        raise InputError(f"{path}: wanted the two mappings base and scales, and nothing else")
+    scales = {}
+    for name, changes in document["scales"].items():
+        if not isinstance(changes, dict):
+            raise InputError(f"{path}: scales.{name}: wanted a mapping, got {changes!r}")
+        scales[name] = _merge(document["base"], changes, REPLACED_WHOLE)
+        config_from_dict(scales[name] | {"scale": name}, f"{path}, scale {name}")
+    if scale not in scales:
+        raise InputError(f"scale {scale!r} is not in {path}; it has {', '.join(map(str, scales))}")
+    settings = scales[scale]
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals:
+            raise InputError(f"command line: {override!r}: wanted key=value, such as pretrain.batch_size=32")
+        try:
+            value = yaml.safe_load(text) if text else ""
+        except yaml.YAMLError as error:
+            raise InputError(f"command line: {key}: {text!r} is not YAML ({_yaml_problem(error)}); quote it") from None
+        for part in reversed(key.split(".")):
+            value = {part: value}
+        settings = _merge(settings, value)
+    if "scale" in settings:
+        raise InputError("command line: scale is no setting; give it as --scale")
+    return config_from_dict(settings | {"scale": scale}, "command line")
+
+
+def config_to_dict(config):
+    """Turn a Config into nested dicts of str, int, float, bool, None and lists, which checkpoints hold."""
+    return dataclasses.asdict(config)
+
+
+def config_from_dict(values, source="settings"):
+    """Build a Config from nested dicts and check its values; source begins the message of an InputError."""
+    try:
+        config = _convert(values, Config, "")
+        _check_values(config)
+    except InputError as error:
+        raise InputError(f"{source}: {error}") from None
+    return config
+
+
+def resolve_scenes(config):
+    """Render the embedded scenes, where the settings ask for them, and put their folder in place of "{scenes}"."""
+    text = json.dumps(config_to_dict(config)["data"])
+    if config.data.scenes is None:
+        if "{scenes}" in text:
+            raise InputError('data.scenes is null, yet a path of data holds "{scenes}"; set data.scenes or the path')
+        return config
+    folder = render_scenes(os.path.join(HERE, "data", "scenes"), **dataclasses.asdict(config.data.scenes))
+    data = json.loads(text.replace("{scenes}", json.dumps(str(folder))[1:-1]))
+    return dataclasses.replace(config, data=_convert(data, DataConfig, "data"))
+
+
+def _yaml_problem(error):
+    """Say in one line what PyYAML found, and where."""
+    mark = getattr(error, "problem_mark", None)
+    return (f"line {mark.line + 1}: " if mark else "") + " ".join(str(getattr(error, "problem", error)).split())
+
+
+def _merge(settings, changes, whole=(), prefix=""):
+    """Return settings with changes laid over them, mapping by mapping; keys in whole are replaced, not merged."""
+    merged = dict(settings)
+    for name, value in changes.items():
+        old, key = merged.get(name), f"{prefix}{name}"
+        both = isinstance(old, dict) and isinstance(value, dict) and key not in whole
+        merged[name] = _merge(old, value, whole, key + ".") if both else value
+    return merged
+
+
+def _convert(value, kind, key):
+    """Turn a value from YAML into kind: a dataclass, X | None, list[X], dict[str, X], str, int, float or bool."""
+    arguments = typing.get_args(kind)
+    if typing.get_origin(kind) in (types.UnionType, typing.Union):
+        return None if value is None else _convert(value, arguments[0], key)
+    if dataclasses.is_dataclass(kind) and isinstance(value, dict):
+        hints, prefix = typing.get_type_hints(kind), key and key + "."
+        for name in value:
+            if name not in hints:
+                nearest = difflib.get_close_matches(str(name), hints, n=1, cutoff=0.0)[0]
+                raise InputError(f"{prefix}{name} is no setting; the nearest is {prefix}{nearest}")
+        for name in hints:
+            if name not in value:
+                raise InputError(f"{prefix}{name} is missing")
+        return kind(**{name: _convert(value[name], hint, prefix + name) for name, hint in hints.items()})
+    if typing.get_origin(kind) is list and isinstance(value, list):
+        return [_convert(item, arguments[0], f"{key}[{position}]") for position, item in enumerate(value)]
+    if typing.get_origin(kind) is dict and isinstance(value, dict):
+        return {_convert(name, str, key): _convert(item, arguments[1], f"{key}.{name}") for name, item in value.items()}
+    if kind is float and type(value) in (int, str):  # PyYAML reads 1e-4 as a string
+        try:
+            value = float(value)
+        except (ValueError, OverflowError):
+            pass
+    if type(value) is not kind or kind is float and not math.isfinite(value):  # type(): a bool is no int here
+        wanted = "mapping" if dataclasses.is_dataclass(kind) or arguments[1:] else getattr(kind, "__name__", kind)
+        raise InputError(f"{key}: wanted {wanted}, got {value!r}")
+    return value
+
+
+def _check_values(config):
+    """Raise InputError for a value outside its limits, or for two that do not fit together."""
+    def check_limits(value, key):
+        name = key.rpartition(".")[2]
+        if isinstance(value, dict):
+            for part, item in value.items():
+                check_limits(item, f"{key}.{part}" if key else part)
+        elif type(value) in (int, float):
+            smallest, largest = int(type(value) is int and name not in MAY_BE_ZERO), LARGEST.get(name, math.inf)
+            if not smallest <= value <= largest:
+                raise InputError(f"{key}: {value} is out of range; wanted {smallest} to {largest}")
+        elif name in CHOICES and value not in CHOICES[name]:
+            raise InputError(f"{key}: {value!r} is none of {', '.join(CHOICES[name])}")
+
+    check_limits(config_to_dict(config), "")
+    model, method, data = config.model, config.method, config.data
+    layer = (model.fusion_layers - 1) // 2 if method.attention_layer is None else method.attention_layer
+    uses_attention = method.soft_mask or method.attention_layer is not None
+    for good, message in [
+        (model.image_size % model.patch_size == 0, "model.image_size must be a multiple of model.patch_size"),
+        (model.vision_width % model.vision_heads == 0, "model.vision_width must be a multiple of model.vision_heads"),
+        (model.text_width % model.text_heads == 0, "model.text_width must be a multiple of model.text_heads"),
+        (data.max_tokens <= model.max_positions, "data.max_tokens must be at most model.max_positions"),
+        (method.temp >= 0.001, "method.temp must be at least 0.001"),
+        (layer < model.fusion_layers - 1 or not uses_attention,
+         f"method.attention_layer ({layer}) must be below model.fusion_layers - 1 ({model.fusion_layers - 1}): "
+         "in the last layer words get no gradient"),
+        (data.retrieval in data.retrieval_sets,
+         f"data.retrieval: {data.retrieval!r} is none of data.retrieval_sets ({', '.join(data.retrieval_sets)})"),
+    ]:
+        if not good:
+            raise InputError(message)
+
+
+# Keys that a record must have, with their types; a list is a list of strings [ALBEF].
+FORMATS = {
+    "pretrain": {"image": (str,), "caption": (str, list)},
+    "retrieval_train": {"image": (str,), "caption": (str, list), "image_id": (str, int)},
+    "retrieval_eval": {"image": (str,), "caption": (str, list)},
+}
+
+
+class Records:
+    """A sequence of JSON records in one byte buffer: forked loader workers share it, as they cannot a list of dicts.
+
+    Python counts references inside each object, so a worker that only reads a list of dicts copies its memory.
+    """
+
+    def __init__(self, buffer, offsets):
+        """buffer: (bytes,) uint8, the records end to end; offsets: (records + 1,) int64, where each begins."""
+        self.buffer, self.offsets = buffer, offsets
+
+    @classmethod
+    def from_json(cls, files, required):
+        """Read one or several JSON lists of objects.
+
+        files: paths. required: {key: types allowed}, such as FORMATS["pretrain"]. InputError names file and record.
+        """
+        buffer, offsets = bytearray(), array("q", [0])
+        for path in files:
+            try:
+                with open(path, encoding="utf-8-sig") as file:
+                    rows = json.load(file)
+            except OSError as error:
+                raise InputError(f"{path}: cannot be read ({error.strerror}); see the paths in data") from None
+            except (ValueError, RecursionError) as error:  # ValueError: malformed JSON, or no UTF-8
+                line = f"line {error.lineno}: " if isinstance(error, json.JSONDecodeError) else ""
+                raise InputError(f"{path}: not JSON ({line}{getattr(error, 'msg', error)})") from None
+            if not isinstance(rows, list) or not rows:
+                raise InputError(f"{path}: wanted a JSON list of one or more records, got {str(rows)[:40]}")
+            for number, row in enumerate(rows):
+                problem = _record_problem(row, required)
+                if problem:
+                    raise InputError(f"{path}: record {number} (from 0): {problem}")
+                buffer += json.dumps(row).encode()
+                offsets.append(len(buffer))
+        return cls(np.frombuffer(buffer, np.uint8), np.frombuffer(offsets, np.int64))
+
+    def __len__(self):
+        return len(self.offsets) - 1
+
+    def __getitem__(self, index):
+        return json.loads(self.buffer[self.offsets[index]:self.offsets[index + 1]].tobytes())
+
+
+def _record_problem(row, required):
+    """Say what a record lacks, or None."""
+    if not isinstance(row, dict):
+        return f"wanted an object, got {type(row).__name__}"
+    for key, kinds in required.items():
+        if key not in row:
+            return f"key {key!r} is missing"
+        if type(row[key]) not in kinds:
+            return f"key {key!r}: wanted {' or '.join(kind.__name__ for kind in kinds)}, got {type(row[key]).__name__}"
+        if type(row[key]) is list and not all(isinstance(item, str) for item in row[key]):
+            return f"key {key!r}: wanted a list of strings"
+    return None
+
+
+def join_image_path(image_root, path):
+    """Join a record's image path to image_root, below which it must stay; with image_root "" any path is allowed."""
+    full = os.path.join(image_root, path)
+    root = os.path.abspath(image_root)
+    if image_root and os.path.commonpath([root, os.path.abspath(full)]) != root:
+        raise InputError(f"image {path!r} lies outside image_root {image_root!r}; correct the record or the root")
+    return full
+
+
+def read_image(path):
+    """Decode an image file as 8-bit RGB, upright (EXIF), its first frame where it has several.
+
+    Returns a PIL image. Raises BadImage for anything unreadable, and before decoding for over MAX_PIXELS pixels.
+    """
+    try:
+        with Image.open(path, formats=IMAGE_FORMATS) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise ValueError(f"{image.width} x {image.height} pixels are over {MAX_PIXELS:,}")
+            image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I"):  # 16 bits a pixel, which convert would clip at 255
+                image = Image.fromarray(np.clip(np.asarray(image) // 257, 0, 255).astype(np.uint8))
+            return image.convert("RGB")
+    except Exception as error:  # decoders raise nearly every kind
+        raise BadImage(f"{path}: {' '.join(str(error).split()) or type(error).__name__}") from None
+
+
+def image_to_tensor(image):
+    """Turn a PIL RGB image into a (3, H, W) uint8 tensor; the batch is normalised on the device."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()  # (H, W, 3) -> (3, H, W)
+
+
+def write_atomically(path, content):
+    """Write a file whole or not at all: to a temporary file beside it, to the disk, then renamed.
+
+    content: bytes, or a function that writes to the open binary file it is given.
+    """
+    partial = f"{path}.partial"
+    with open(partial, "wb") as file:
+        content(file) if callable(content) else file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def hash63(*parts):
+    """Hash strings and numbers to 63 bits, the same on every machine: image ids, and seeds of generators [ours]."""
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()) >> 1
+
+
+class PairDataset(Dataset):
+    """Image-caption pairs, augmented; every draw is seeded by (seed, epoch, index), so no worker's state enters it."""
+
+    def __init__(self, records, image_root, config, seed):
+        """records: Records of FORMATS["pretrain"] or ["retrieval_train"]; config: Config; seed: int."""
+        self.records, self.image_root, self.seed = records, image_root, seed
+        self.image_size, self.augment, self.max_words = config.model.image_size, config.augment, config.data.max_words
+
+    def __len__(self):
+        return len(self.records)
+
+    def __getitem__(self, key):
+        """Return the sample of key = (epoch, index), or of another record drawn in its place if that one is bad.
+
+        dict: image (3, S, S) uint8; caption str, cleaned; image_id int of 63 bits, of the record's image_id or else its
+        path; replaced [(path, reason)] of the bad records passed over. InputError after MAX_TRIES bad ones.
+        """
+        epoch, index = key
+        generator = torch.Generator().manual_seed(hash63("pair", self.seed, epoch, index))
+        replaced = []
+        for _ in range(MAX_TRIES):
+            record = self.records[index]
+            index = int(torch.randint(len(self.records), (), generator=generator))  # read if this one is bad
+            captions = [record["caption"]] if isinstance(record["caption"], str) else record["caption"]
+            choice = int(torch.randint(max(len(captions), 1), (), generator=generator))
+            caption = softmask.clean_caption(captions[choice], self.max_words) if captions else ""
+            if not caption.strip():
+                replaced.append((record["image"], "empty caption"))
+                continue
+            try:
+                image = read_image(join_image_path(self.image_root, record["image"]))
+            except (BadImage, InputError) as error:
+                replaced.append((record["image"], str(error)))
+                continue
+            flip = self.augment.flip and float(torch.rand((), generator=generator)) < 0.5
+            image = softmask.augment_image(image, self.image_size, self.augment.crop_min_area, flip,
+                                           self.augment.randaugment_ops, generator)
+            return {"image": image_to_tensor(image), "caption": softmask.flip_words(caption) if flip else caption,
+                    "image_id": hash63(str(record.get("image_id", record["image"]))), "replaced": replaced}
+        path, reason = replaced[-1]
+        raise InputError(f"{MAX_TRIES} records in a row are bad, the last {path!r} ({reason}); see train.py check")
+
+
+class ShuffledBatches:
+    """Batch sampler without end: the order of the data depends on the step alone, not on workers or resumption.
+
+    An epoch is a permutation drawn from (seed, epoch), without its last incomplete global batch. A step takes
+    world_size * accumulation blocks of batch_size records; block rank * accumulation + i is micro-batch i of a rank.
+    """
+
+    def __init__(self, size, batch_size, world_size, rank, accumulation, seed, start_step):
+        """size: number of records; start_step: the optimizer step, from 0 on, whose batch comes first."""
+        self.size, self.batch_size, self.seed, self.start_step = size, batch_size, seed, start_step
+        self.blocks = range(rank * accumulation, (rank + 1) * accumulation)
+        self.global_batch = batch_size * accumulation * world_size
+        self.steps_per_epoch = size // self.global_batch
+        if not self.steps_per_epoch:
+            raise InputError(f"{size} records are fewer than the {self.global_batch} of one step "
+                             "(batch_size x accumulation x processes); lower batch_size")
+
+    def __iter__(self):
+        """Yield lists of batch_size tuples (epoch, index), accumulation of them a step, for ever."""
+        epoch, step = divmod(self.start_step, self.steps_per_epoch)
+        while True:
+            generator = torch.Generator().manual_seed(hash63("order", self.seed, epoch))
+            order = torch.randperm(self.size, generator=generator)
+            for step in range(step, self.steps_per_epoch):
+                for block in self.blocks:
+                    start = step * self.global_batch + block * self.batch_size
+                    yield [(epoch, index) for index in order[start:start + self.batch_size].tolist()]
+            epoch, step = epoch + 1, 0
+
+
+def make_loader(dataset, batch_sampler, tokenizer, max_tokens, num_workers):
+    """Make a DataLoader of dict(image (B, 3, S, S) uint8; input_ids, attention_mask, word_ids (B, L) int64;
+    image_ids (B,) int64; replaced [(path, reason)]; truncated int, captions cut at max_tokens)."""
+    return DataLoader(dataset, batch_sampler=batch_sampler, num_workers=num_workers, persistent_workers=num_workers > 0,
+                      collate_fn=functools.partial(_collate, tokenizer=tokenizer, max_tokens=max_tokens),
+                      pin_memory=torch.cuda.is_available())
+
+
+def _collate(samples, tokenizer, max_tokens):
+    """Make one batch of samples of PairDataset."""
+    tokens = softmask.tokenize(tokenizer, [sample["caption"] for sample in samples], max_tokens)
+    return {"image": torch.stack([sample["image"] for sample in samples]),
+            **{name: tokens[name] for name in ("input_ids", "attention_mask", "word_ids")},
+            "image_ids": torch.tensor([sample["image_id"] for sample in samples]),
+            "replaced": [bad for sample in samples for bad in sample["replaced"]],
+            "truncated": tokens["truncated"]}
+
+
+def load_retrieval(path, image_root, max_words):
+    """Read a retrieval evaluation file.
+
+    Returns image paths (list of I, joined to image_root), captions (list of C, cleaned) and the image of each caption
+    ((C,) int64, index into the paths).
+    """
+    images, captions, image_of_caption = [], [], []
+    for record in Records.from_json([path], FORMATS["retrieval_eval"]):
+        texts = [record["caption"]] if isinstance(record["caption"], str) else record["caption"]
+        captions += [softmask.clean_caption(text, max_words) for text in texts]
+        image_of_caption += [len(images)] * len(texts)
+        images.append(join_image_path(image_root, record["image"]))
+    return images, captions, np.array(image_of_caption, np.int64)
+
+
+class ImageDataset(Dataset):
+    """Images for evaluation: bicubic resize to a square [ALBEF]; a bad image is an InputError, never replaced."""
+
+    def __init__(self, paths, image_size):
+        self.paths, self.image_size = paths, image_size
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, index):
+        """Return (3, S, S) uint8."""
+        try:
+            image = read_image(self.paths[index])
+        except BadImage as error:
+            raise InputError(f"{error}; evaluation needs every image") from None
+        return image_to_tensor(softmask.square(image, self.image_size))
+
+
+def check(config, task):
+    """Look through the files of a task ("pretrain" or "retrieval") and print what they hold.
+
+    Per annotation file: records, images that do not exist, captions that are empty or cut. Returns True when nothing is
+    missing or malformed. config: Config after resolve_scenes.
+    """
+    data, found = config.data, True
+    retrieval = data.retrieval_sets[data.retrieval]
+    if task == "pretrain":
+        files = [(path, data.pretrain_image_root, "pretrain") for path in data.pretrain_files]
+    else:
+        files = [(retrieval.train, retrieval.image_root, "retrieval_train")]
+    files += [(path, retrieval.image_root, "retrieval_eval") for path in (retrieval.val, retrieval.test)]
+    settings = {"model.vision_weights": config.model.vision_weights, "model.text_weights": config.model.text_weights,
+                "data.grounding_boxes": data.grounding_boxes, "data.foils": data.foils}
+    for key, path in settings.items():
+        if path is not None and not os.path.exists(path):
+            print(f"{key}: {path} is missing")
+            found = False
+    tokenizer = softmask.load_tokenizer(data.tokenizer)
+    for path, image_root, layout in files:
+        try:
+            records = Records.from_json([path], FORMATS[layout])
+            count = min(len(records), MAX_CHECKED_IMAGES)
+            images = dict.fromkeys(join_image_path(image_root, records[index]["image"]) for index in range(count))
+        except InputError as error:
+            print(error)
+            found = False
+            continue
+        missing = [image for image in images if not os.path.exists(image)]
+        print(f"{path}: {len(records)} records; {len(missing)} of {len(images)} images missing")
+        for image in missing[:5]:
+            print(f"  missing: {image}")
+        found = found and not missing
+        generator = torch.Generator().manual_seed(hash63("check", config.seed))
+        sample = torch.randperm(len(records), generator=generator)[:MAX_CHECKED_CAPTIONS].tolist()
+        raw = [records[index]["caption"] for index in sample]
+        texts = [text for item in raw for text in ([item] if isinstance(item, str) else item)][:MAX_CHECKED_CAPTIONS]
+        words = [len(softmask.clean_caption(text, sys.maxsize).split()) for text in texts]
+        cleaned = [softmask.clean_caption(text, data.max_words) for text in texts]
+        truncated = softmask.tokenize(tokenizer, cleaned, data.max_tokens)["truncated"] if texts else 0
+        cut = sum(count > data.max_words for count in words)
+        print(f"  of {len(texts)} captions {words.count(0)} are empty, {cut / max(len(texts), 1):.1%} cut at "
+              f"{data.max_words} words, {truncated / max(len(texts), 1):.1%} cut at {data.max_tokens} tokens")
+    return found
+
+
+# The embedded scenes [ours]: pictures with captions, drawn from a seed. Any change of the output raises the version.
+SCENES_VERSION = 1
+LEVELS = ("plain", "rich")
+SIZES = {"small": (0.19, 0.22), "large": (0.34, 0.38)}  # least and greatest part of the picture's side
+COLORS = {"red": (225, 35, 40), "green": (35, 165, 55), "blue": (40, 80, 235), "yellow": (250, 225, 45),
+          "purple": (155, 45, 195), "orange": (250, 135, 15), "white": (248, 248, 248), "cyan": (60, 220, 230)}
+SHAPES = {  # corners in the unit square, y downwards; the circle has none
+    "circle": (), "square": ((0, 0), (1, 0), (1, 1), (0, 1)), "triangle": ((0.5, 0), (1, 1), (0, 1)),
+    "diamond": ((0.5, 0), (1, 0.5), (0.5, 1), (0, 0.5)),
+    "cross": ((.33, 0), (.67, 0), (.67, .33), (1, .33), (1, .67), (.67, .67), (.67, 1), (.33, 1), (.33, .67), (0, .67),
+              (0, .33), (.33, .33)),
+    "star": ((.5, 0), (.63, .36), (1, .38), (.71, .62), (.81, 1), (.5, .79), (.19, 1),
+             (.29, .62), (0, .38), (.37, .36))}
+TEXTURES = ("striped", "dotted", "checkered")  # an object may be "solid" too, which captions leave unsaid
+NAMING = {"A": 1, "there is A": 1, "a picture of A": 1, "A and B": 2, "there is A and B": 2, "a picture of A and B": 2,
+          "A with B and C": 3}  # templates and their numbers of objects
+RELATING = ("A R B", "A is R B", "there is A R B")
+OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+ATTRIBUTES = ("size", "texture", "color", "shape")  # in the order in which a phrase says them
+EDGE = 0.04  # free border, as part of the side: a crop to 0.8 of the area (0.89 of the side) leaves most of any object
+OVERLAP = 0.15  # rich: greatest overlap of two boxes, as part of the smaller box's area
+SHADE = 0.5  # brightness of a texture's second tone against the object's colour
+SPLIT_WORDS = {"triangle": ("tri", "##angle"), "diamond": ("dia", "##mond"), "yellow": ("yel", "##low"),
+               "purple": ("pur", "##ple"), "checkered": ("check", "##ered"), "picture": ("pic", "##ture")}
+OTHER_WORDS = """a an the is are there it on of and or not no yes true false what color shape size texture how many
+    object objects which that in both image images pictures than more fewer as left right above below next to each other
+    same different zero one two three four five six seven eight nine has have contains with does do at top bottom side
+    pair first second exactly least most only all any some every none background dark light plain solid"""
+
+
+@functools.cache
+def shape_mask(shape, side):
+    """The outline of a shape as an alpha mask, smoothed at its edges.
+
+    Args: shape: a key of SHAPES; side: pixels. Returns: PIL image of mode L, (side, side), 255 = object.
+    """
+    mask = Image.new("L", (4 * side, 4 * side))
+    draw, end = ImageDraw.Draw(mask), 4 * side - 1
+    if shape == "circle":
+        draw.ellipse((0, 0, end, end), fill=255)
+    else:
+        draw.polygon([(x * end, y * end) for x, y in SHAPES[shape]], fill=255)
+    return mask.resize((side, side), Image.Resampling.BOX)
+
+
+@functools.cache
+def texture_mask(texture, side):
+    """Where an object shows its second, darker tone. Arguments and result as in shape_mask."""
+    y, x = (np.mgrid[:4 * side, :4 * side] + 0.5) / (4 * side)
+    if texture == "striped":
+        dark = (y * 3.5) % 1 >= 0.5
+    elif texture == "checkered":
+        dark = (np.floor(x * 4) + np.floor(y * 4)) % 2 == 1
+    else:  # dotted: rows of dots, so placed that one lies in the centre
+        dark = ((x * 3) % 1 - 0.5) ** 2 + ((y * 3) % 1 - 0.5) ** 2 < 0.09
+    return Image.fromarray(dark.astype(np.uint8) * 255).resize((side, side), Image.Resampling.BOX)
+
+
+@functools.cache
+def gradient_mask(direction, side):
+    """A ramp from 0 to 255 over the picture: direction is down, across or radial; result as in shape_mask."""
+    mask = Image.radial_gradient("L") if direction == "radial" else Image.linear_gradient("L")
+    if direction == "across":
+        mask = mask.transpose(Image.Transpose.ROTATE_90)
+    return mask.resize((side, side))
+
+
+def draw_picture(scene):
+    """Render a scene from its symbolic description alone. Returns: PIL image of mode RGB, (side, side)."""
+    side, background = scene["side"], scene["background"]
+    colors = [tuple(color) for color in background["colors"]]
+    picture = Image.new("RGB", (side, side), colors[0])
+    if background["kind"] == "gradient":
+        picture.paste(colors[1], mask=gradient_mask(background["direction"], side))
+    elif background["kind"] == "noise":
+        noise = Image.frombytes("RGB", (16, 16), random.Random(background["noise_seed"]).randbytes(16 * 16 * 3))
+        picture = Image.blend(picture, noise.resize((side, side), Image.Resampling.BILINEAR), 0.15)
+    for thing in scene["objects"]:
+        pixels, color = thing["pixels"], COLORS[thing["color"]]
+        sprite = Image.new("RGB", (pixels, pixels), color)
+        if thing["texture"] != "solid":
+            sprite.paste(shade(color), mask=texture_mask(thing["texture"], pixels))
+        picture.paste(sprite, tuple(thing["corner"]), shape_mask(thing["shape"], pixels))
+    return picture
+
+
+def shade(color):
+    """The second tone of a textured object."""
+    return tuple(round(SHADE * channel) for channel in color)
+
+
+def draw_background(rng, level, objects):
+    """Draw a background from which every object stands out: {kind, tone: dark|light, colors, ...}."""
+    if level == "plain":
+        grey = rng.randint(12, 36)
+        return {"kind": "plain", "tone": "dark", "colors": [[grey + rng.randint(-4, 4) for _ in "rgb"]]}
+    tones = [COLORS[thing["color"]] for thing in objects]
+    shades = [shade(COLORS[thing["color"]]) for thing in objects if thing["texture"] != "solid"]
+    kind = rng.choice(("plain", "gradient", "noise"))
+    while True:
+        tone = rng.choice(("dark", "light"))
+        colors = []
+        for _ in range(1 + (kind == "gradient")):
+            grey = rng.randint(25, 80) if tone == "dark" else rng.randint(155, 205)
+            colors.append([grey + rng.randint(-20, 20) for _ in "rgb"])
+        if all(np.hypot.reduce(np.subtract(color, other)) >= least
+               for color in colors for others, least in ((tones, 110), (shades, 40)) for other in others):
+            break
+    background = {"kind": kind, "tone": tone, "colors": colors}
+    if kind == "gradient":
+        background["direction"] = rng.choice(("down", "across", "radial"))
+    elif kind == "noise":
+        background["noise_seed"] = rng.getrandbits(32)
+    return background
+
+
+def overlap(a, b):
+    """Area shared by two objects' drawn squares, as part of the smaller one's."""
+    width, height = (min(p + a["pixels"], q + b["pixels"]) - max(p, q) for p, q in zip(a["corner"], b["corner"]))
+    return max(width, 0) * max(height, 0) / min(a["pixels"], b["pixels"]) ** 2
+
+
+def place(rng, objects, side, allowed):
+    """Give every object a random corner, and the box of what is seen of it; False if that did not come out."""
+    edge = round(EDGE * side)
+    for count, thing in enumerate(objects):
+        for _ in range(20):
+            thing["corner"] = [rng.randint(edge, side - edge - thing["pixels"]) for _ in "xy"]
+            if all(overlap(thing, other) <= allowed for other in objects[:count]):
+                break
+        else:
+            return False
+    masks = [np.asarray(shape_mask(thing["shape"], thing["pixels"])) >= 96 for thing in objects]
+    shown = np.zeros((side, side), np.int8)  # number of the object seen at each pixel, from 1
+    for number, (thing, mask) in enumerate(zip(objects, masks), 1):
+        (x, y), pixels = thing["corner"], thing["pixels"]
+        shown[y:y + pixels, x:x + pixels][mask] = number
+    for number, (thing, mask) in enumerate(zip(objects, masks), 1):
+        seen = shown == number
+        if np.count_nonzero(seen) < 0.7 * np.count_nonzero(mask):  # a star fills little of its box
+            return False
+        (x, right), (y, bottom) = (np.flatnonzero(seen.any(axis))[[0, -1]].tolist() for axis in (0, 1))
+        thing["box"] = [x, y, right - x + 1, bottom - y + 1]
+        thing["center"] = [(x + right + 1) / 2, (y + bottom + 1) / 2]
+    return True
+
+
+def draw_scene(rng, level, image_size):
+    """Draw a scene without rendering it.
+
+    Every object is singled out by its full phrase, and related_pairs is never empty.
+    Args: rng: random.Random; level: plain or rich; image_size: side of the picture, pixels.
+    Returns: {side, background, objects: [{size, texture, color, shape, pixels, corner, box, center}]}; later objects
+        cover earlier ones; box [x, y, width, height] holds what is seen of the object; corner is the drawn square's.
+    """
+    while True:
+        objects = []
+        for _ in range(2 if level == "plain" else rng.randint(2, 4)):
+            thing = {"size": rng.choice(tuple(SIZES)), "texture": "solid", "color": rng.choice(tuple(COLORS)),
+                     "shape": rng.choice(tuple(SHAPES))}
+            if level == "rich":
+                thing["texture"] = rng.choice(("solid",) + TEXTURES)
+                if objects and rng.random() < 0.3:  # like another but for one attribute: a single word tells them apart
+                    kept = rng.choice(ATTRIBUTES)
+                    thing = {name: (thing if name == kept else objects[-1])[name] for name in ATTRIBUTES}
+            objects.append(thing)
+        for thing in objects:
+            thing["pixels"] = round(rng.uniform(*SIZES[thing["size"]]) * image_size)
+        if not all(sum(fits(full_words(thing), other) for other in objects) == 1 for thing in objects):
+            continue
+        # The same objects are tried in several places: else large objects, hard to place, would be rare.
+        for _ in range(50):
+            if place(rng, objects, image_size, OVERLAP if level == "rich" else 0) and related_pairs(objects):
+                return {"side": image_size, "background": draw_background(rng, level, objects), "objects": objects}
+
+
+def relation(a, b):
+    """Where a lies seen from b: left of, right of, above or below; None where it is not clear.
+
+    A relation holds where the boxes are apart along its axis and the centres differ along it at least 1.5 times as much
+    as along the other axis; so at most one holds, and a crop's change of aspect up to 4:3 leaves it the larger.
+    """
+    offset = [a["center"][axis] - b["center"][axis] for axis in (0, 1)]
+    for axis, (before, after) in enumerate((("left of", "right of"), ("above", "below"))):
+        apart = abs(offset[axis]) >= (a["box"][2 + axis] + b["box"][2 + axis]) / 2
+        if apart and abs(offset[axis]) >= 1.5 * abs(offset[1 - axis]):
+            return before if offset[axis] < 0 else after
+    return None
+
+
+def stands(a, name, b, strict=True):
+    """Whether "a NAME b" is true; with strict off, whether anyone could call it true (centres only, by any amount)."""
+    if name == "next to":
+        gap = max(max(a["box"][i], b["box"][i]) - min(a["box"][i] + a["box"][i + 2], b["box"][i] + b["box"][i + 2])
+                  for i in (0, 1))
+        return a is not b and gap <= min(a["pixels"], b["pixels"]) / 2
+    if strict:
+        return relation(a, b) == name
+    axis, sign = {"left of": (0, -1), "right of": (0, 1), "above": (1, -1), "below": (1, 1)}[name]
+    return sign * (a["center"][axis] - b["center"][axis]) > 0
+
+
+def related_pairs(objects):
+    """Pairs (i, j) of objects in a clear relation; in scenes with textures one of the two has one."""
+    textured = [thing["texture"] != "solid" for thing in objects]
+    return [(i, j) for i, j in itertools.permutations(range(len(objects)), 2)
+            if relation(objects[i], objects[j]) and (textured[i] or textured[j] or not any(textured))]
+
+
+def fits(words, thing):
+    """Whether a noun phrase, as worded ({attribute: word}), fits an object: "red circle" fits a striped one too."""
+    return all(thing[name] == word for name, word in words.items())
+
+
+def full_words(thing):
+    """All that can be said of an object: {attribute: word} in the order of a phrase."""
+    return {name: thing[name] for name in ATTRIBUTES if thing[name] != "solid"}
+
+
+def short_words(thing, scene, rng):
+    """full_words without one attribute, where the rest still singles the object out.
+
+    Not without more: "a circle" is true of too many pictures, which would then serve as negatives of each other.
+    """
+    full = full_words(thing)
+    for dropped in rng.sample(ATTRIBUTES[:3], 3):
+        words = {name: word for name, word in full.items() if name != dropped}
+        if words != full and sum(fits(words, other) for other in scene["objects"]) == 1:
+            return words
+    return full
+
+
+def phrase(words):
+    """{attribute: word} as a noun phrase without its article."""
+    return " ".join(words.values())
+
+
+def make_claim(template, things, words, relations=()):
+    """What a caption says, apart from its wording; foils and answers are judged by it, never by text.
+
+    Args: template: words, among them A, B, C for the objects and R, S for the relations; things: the objects meant;
+        words: their phrases as {attribute: word}; relations: (name, subject, others), places in `things`.
+    """
+    return {"template": template, "things": list(things), "words": list(words), "relations": list(relations)}
+
+
+def say(claim):
+    """Word a claim. Returns: the caption, and for each object named the index of its phrase's first word in it."""
+    words, starts = [], [0] * len(claim["words"])
+    for token in claim["template"].split():
+        if token in ("A", "B", "C"):
+            text = phrase(claim["words"]["ABC".index(token)])
+            starts["ABC".index(token)] = len(words) + 1
+            words += ["an" if text[0] in "aeiou" else "a"] + text.split()
+        else:
+            words += claim["relations"]["RS".index(token)][0].split() if token in ("R", "S") else [token]
+    return " ".join(words), starts
+
+
+def holds(claim, scene, strict=True):
+    """Whether some objects of the scene make the claim true; strict as in stands (off: to be sure that it is false)."""
+    candidates = [[thing for thing in scene["objects"] if fits(words, thing)] for words in claim["words"]]
+    return any(all(stands(chosen[subject], name, chosen[other], strict)
+                   for name, subject, others in claim["relations"] for other in others)
+               for chosen in itertools.product(*candidates))
+
+
+def captions(scene, level, rng):
+    """True claims about a scene.
+
+    Returns: plain: two, from either object. Rich: 2 to 4 of different templates; the first is the longest, names two
+        or three objects by their full phrases and has a relation.
+    """
+    objects = scene["objects"]
+
+    def claim(template, chosen, worded, *relations):
+        things = [objects[i] for i in chosen]
+        return make_claim(template, things, [worded(thing) for thing in things], relations)
+
+    a, b = rng.choice(related_pairs(objects)) if level == "rich" else (0, 1)
+    name = relation(objects[a], objects[b])
+    if level == "plain":
+        return [claim("A R B", (a, b), full_words, (name, 0, (1,))),
+                claim("A R B", (b, a), full_words, (OPPOSITE[name], 0, (1,)))]
+    longest = [claim(template, (a, b), full_words, (name, 0, (1,))) for template in RELATING]
+    three = []
+    for c in set(range(len(objects))) - {a, b}:
+        further = relation(objects[b], objects[c])
+        if further:
+            three.append(claim("A R B which is S C", (a, b, c), full_words, (name, 0, (1,)), (further, 1, (2,))))
+        if relation(objects[a], objects[c]) == name:
+            three.append(claim("A R both B and C", (a, b, c), full_words, (name, 0, (1, 2))))
+    claims = [rng.choice(three if three and rng.random() < 0.7 else longest)]
+
+    order = rng.sample(range(len(objects)), len(objects))
+    worded = functools.partial(short_words, scene=scene, rng=rng)
+    others = [claim(template, order[:count], worded if count > 1 else full_words)
+              for template, count in NAMING.items() if count <= len(order)]
+    pairs = [(i, j, relation(objects[i], objects[j])) for i, j in rng.sample(related_pairs(objects), 1)]
+    pairs += [(i, j, "next to") for i, j in itertools.permutations(order, 2)
+              if stands(objects[i], "next to", objects[j])]
+    others += [claim(template, (i, j), worded, (word, 0, (1,))) for i, j, word in pairs[:2] for template in RELATING]
+    wanted, length = rng.randint(2, 4), len(say(claims[0])[0].split())
+    for other in rng.sample(others, len(others)):
+        taken = [said["template"] for said in claims]
+        if len(claims) < wanted and other["template"] not in taken and len(say(other)[0].split()) < length:
+            claims.append(other)
+    return claims
+
+
+def make_foils(claim, scene, rng):
+    """Change exactly one word of a claim (or its relation) so that it is false, even loosely read.
+
+    Args: claim: one with full phrases, as captions gives first.
+    Returns: {kind: claim}, kind among color, shape, size, texture, relation; a kind is absent where none is false.
+    """
+    foils = {}
+    values = {"color": tuple(COLORS), "shape": tuple(SHAPES), "size": tuple(SIZES), "texture": TEXTURES}
+    for kind, words in values.items():
+        for i in rng.sample(range(len(claim["words"])), len(claim["words"])):
+            for word in rng.sample(words, len(words)):
+                if kind not in foils and claim["words"][i].get(kind, word) != word:
+                    changed = claim["words"][:i] + [claim["words"][i] | {kind: word}] + claim["words"][i + 1:]
+                    foil = claim | {"words": changed}
+                    if not holds(foil, scene, strict=False):
+                        foils[kind] = foil
+    i = rng.randrange(len(claim["relations"]))
+    name, subject, others = claim["relations"][i]
+    aside = [word for word in OPPOSITE if word not in (name, OPPOSITE[name])]
+    # Half of the foils turn the relation by a right angle, where that is plainly false.
+    for word in (rng.sample(aside, 2) if rng.random() < 0.5 else []) + [OPPOSITE[name]]:
+        relations = claim["relations"][:i] + [(word, subject, others)] + claim["relations"][i + 1:]
+        foil = claim | {"relations": relations}
+        if "relation" not in foils and not holds(foil, scene, strict=False):
+            foils["relation"] = foil
+    return foils
+
+
+def draw_split(level, split, count, image_size, seed):
+    """Draw the scenes of a split: [(scene, claims, foils)]; claims as from captions, foils of the first ({} in train).
+
+    Scene i is the same whatever `count` and the other splits' counts. Outside train, no first caption is true, even
+    loosely, of another scene of the split (so retrieval has one right answer), and each kind of foil exists.
+    """
+    kinds = 4 + (level == "rich")
+    drawn, alike = [], {}
+    for index in range(count):
+        rng = random.Random(f"{SCENES_VERSION} {seed} {level} {split} {index}")
+        for _ in range(1000):
+            scene = draw_scene(rng, level, image_size)
+            claims, foils = captions(scene, level, rng), {}
+            if split == "train":
+                break
+            foils = make_foils(claims[0], scene, rng)
+            # A caption can only be true of scenes that share the objects it names: look among these alone.
+            keys = {(thing["size"], thing["color"], thing["shape"]) for thing in scene["objects"]}
+            rivals = {number for key in keys for number in alike.get(key, ())}
+            if len(foils) == kinds and not any(holds(claims[0], drawn[number][0], strict=False) or
+                                               holds(drawn[number][1][0], scene, strict=False) for number in rivals):
+                for key in keys:
+                    alike.setdefault(key, []).append(index)
+                break
+        else:
+            raise InputError(f"{split}: no {level} scene with a caption of its own after {index}; ask for fewer scenes")
+        drawn.append((scene, claims, foils))
+    return drawn
+
+
+def named_boxes(image, claim, scene):
+    """The boxes of every noun phrase of a claim, as in boxes_val.json; indices count the words of caption.split()."""
+    caption, starts = say(claim)
+    objects = []
+    for thing, words, start in zip(claim["things"], claim["words"], starts):
+        indices = {name: start + place for place, name in enumerate(words)}
+        objects.append({"phrase": phrase(words), "word": words["shape"], "word_index": indices["shape"],
+                        "attributes": words, "attribute_indices": indices, "box": thing["box"]})
+    others = [thing["box"] for thing in scene["objects"] if not any(thing is named for named in claim["things"])]
+    return {"image": image, "caption": caption, "objects": objects, "other_boxes": others}
+
+
+def scene_vocabulary():
+    """BERT's word pieces for every word of the scenes and their tasks; single letters spell any other word."""
+    words = OTHER_WORDS.split() + [*SIZES, *COLORS, *SHAPES, *TEXTURES]
+    pieces = [word for word in words if word not in SPLIT_WORDS]
+    pieces += [piece for pair in SPLIT_WORDS.values() for piece in pair]
+    signs = "abcdefghijklmnopqrstuvwxyz0123456789"
+    pieces += [*signs, *("##" + sign for sign in signs), *".,?!'-"]
+    return ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *dict.fromkeys(pieces)]
+
+
+def render_scenes(root, level, train, val, test, image_size, seed):
+    """Render the embedded scenes once, as JPEG and JSON files in the formats of real data [ours].
+
+    The splits never share a scene: each scene has a generator seeded by (seed, level, split, index). Texts and sets of
+    objects recur from split to split, as there are few words; a layout (objects with their places) does not.
+    Args: root: folder for all renderings; level: plain or rich; train, val, test: numbers of scenes; image_size:
+        side, pixels, 32 or more (64 to tell the textures of small objects apart); seed: int.
+    Returns: the folder root/LEVEL-HASH, pathlib.Path, whole by its existence: it is renamed into place at the end, so
+        processes may race.
+    """
+    if level not in LEVELS:
+        raise InputError(f"level of the scenes is {level!r}; it must be one of {', '.join(LEVELS)}")
+    if image_size < 32 or min(train, val, test) < 0:
+        raise InputError(f"scenes of {image_size} px, {train}, {val}, {test} of them: need 32 px and counts from 0")
+    settings = json.dumps([SCENES_VERSION, level, train, val, test, image_size, seed])
+    folder = pathlib.Path(root) / f"{level}-{hashlib.sha256(settings.encode()).hexdigest()[:12]}"
+    if folder.exists():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = pathlib.Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        for split, count in (("train", train), ("val", val), ("test", test)):
+            write_split(partial, split, draw_split(level, split, count, image_size, seed))
+        (partial / "vocab.txt").write_text("\n".join(scene_vocabulary()) + "\n", encoding="utf-8")
+        partial.chmod(0o755)
+        try:
+            os.rename(partial, folder)
+        except OSError:
+            if not folder.exists():  # else another process was faster, with the same content
+                raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return folder
+
+
+def write_split(folder, split, drawn):
+    """Write the pictures and the JSON files of one split, given as from draw_split."""
+    (folder / "images" / split).mkdir(parents=True)
+    images = [f"images/{split}/{index:05d}.jpg" for index in range(len(drawn))]
+    rows = {"scenes": [{"image": image} | scene for image, (scene, _, _) in zip(images, drawn)]}
+    for image, (scene, _, _) in zip(images, drawn):
+        draw_picture(scene).save(folder / image, quality=90, subsampling=0)
+    texts = [[say(claim)[0] for claim in claims] for _, claims, _ in drawn]
+    if split == "train":
+        rows["pretrain"] = [{"image": image, "caption": said} for image, said in zip(images, texts)]
+        rows["retrieval"] = [{"image": image, "caption": caption, "image_id": number}
+                             for number, (image, said) in enumerate(zip(images, texts)) for caption in said]
+    else:
+        rows["retrieval"] = [{"image": image, "caption": said[:1]} for image, said in zip(images, texts)]
+        rows["boxes"] = [named_boxes(image, claims[0], scene) for image, (scene, claims, _) in zip(images, drawn)]
+        rows["foils"] = [{"image": image, "caption": said[0], "foil": say(foil)[0], "kind": kind}
+                         for image, said, (_, _, foils) in zip(images, texts, drawn) for kind, foil in foils.items()]
+    for name, content in rows.items():
+        file = "pretrain.json" if name == "pretrain" else f"{name}_{split}.json"
+        (folder / file).write_text(json.dumps(content), encoding="utf-8")
