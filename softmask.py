@@ -39,6 +39,7 @@ Index
 """
 
 import copy
+import functools
 import math
 import os
 import re
@@ -154,7 +155,7 @@ class VisionTransformer(nn.Module):
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.grid**2, width))
         self.blocks = nn.ModuleList(VisionBlock(width, num_heads) for _ in range(num_layers))
         self.norm = nn.LayerNorm(width, eps=1e-6)
-        self.apply(init_weights)
+        self.apply(functools.partial(init_weights, width=width))
         nn.init.trunc_normal_(self.cls_token, std=0.02)
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
 
@@ -182,10 +183,14 @@ def resize_pos_embed(pos_embed, grid: int):
     return torch.cat([cls, patches.flatten(2).transpose(1, 2).to(cls.dtype)], dim=1)
 
 
-def init_weights(module):
-    """Linear, convolution and embedding weights from N(0, 0.02), biases 0, as BERT and DeiT start. [ALBEF]"""
+def init_weights(module, width: int):
+    """Fresh linear, convolution and embedding weights of a model of that width: biases 0, the others normal.
+
+    Standard deviation 0.02 at width 768, as BERT and DeiT start [ALBEF], in inverse proportion to the root of the width
+    [ours]: with 0.02 at width 128 the first 200 steps on the scenes teach nothing.
+    """
     if isinstance(module, (nn.Linear, nn.Conv2d, nn.Embedding)):
-        nn.init.trunc_normal_(module.weight, std=0.02)
+        nn.init.trunc_normal_(module.weight, std=0.02 * math.sqrt(768 / width))
     if isinstance(module, (nn.Linear, nn.Conv2d)):
         nn.init.zeros_(module.bias)
 
@@ -220,6 +225,8 @@ class TextLayer(nn.Module):
         if keys_values is not None:
             keys, values = keys_values
             query = x
+            if return_probs and image_index is None and len(keys) != len(x):  # probabilities come row by row
+                image_index = torch.arange(len(keys), device=x.device).repeat_interleave(len(x) // len(keys))
             if image_index is not None:
                 keys, values = keys.index_select(0, image_index), values.index_select(0, image_index)  # (R, H, 1 + N, d)
             elif len(keys) != len(x):
@@ -245,7 +252,7 @@ class TextEncoder(nn.Module):
         })
         self.dropout = nn.Dropout(dropout)
         self.layers = nn.ModuleList(TextLayer(width, num_heads, dropout) for _ in range(num_layers))
-        self.apply(init_weights)
+        self.apply(functools.partial(init_weights, width=width))
 
     def forward(self, input_ids, attention_mask):
         positions = self.embeddings["position"].weight[: input_ids.shape[1]]
@@ -268,7 +275,7 @@ class FusionEncoder(nn.Module):
     def __init__(self, width: int, image_width: int, num_layers: int, num_heads: int, dropout: float):
         super().__init__()
         self.layers = nn.ModuleList(TextLayer(width, num_heads, dropout, image_width) for _ in range(num_layers))
-        self.apply(init_weights)
+        self.apply(functools.partial(init_weights, width=width))
 
     def keys_values(self, image_embeds):
         """Per fusion layer the keys and values, each (I, H, 1 + N, D / H), of image_embeds (I, 1 + N, D)."""
@@ -316,7 +323,7 @@ class MlmHead(nn.Module):
         self.dense = nn.Linear(width, width)
         self.norm = nn.LayerNorm(width, eps=1e-12)
         self.bias = nn.Parameter(torch.zeros(vocab_size))
-        self.apply(init_weights)
+        self.apply(functools.partial(init_weights, width=width))
 
     def forward(self, states, word_embeddings):
         """states (..., D), word_embeddings (V, D); returns logits (..., V)."""
@@ -467,7 +474,8 @@ def hard_negatives(sim, allowed, generator=None):
     Returns index (B,) and valid (B,) bool; a row with nothing allowed is not valid, its index is its own number.
     """
     valid = allowed.any(1)
-    logits = sim.float().masked_fill(~allowed, -math.inf)  # before the softmax, which may round a kept column to 0
+    sim = sim.float().nan_to_num()  # NaN would end in a crash of multinomial; the loss shows it too
+    logits = sim.masked_fill(~allowed, -math.inf)  # before the softmax, which may round a kept column to 0
     probs = torch.where(valid[:, None], logits, 0.0).softmax(1)
     index = torch.multinomial(probs, 1, generator=generator).squeeze(1)
     return torch.where(valid, index, torch.arange(len(sim), device=sim.device)), valid
@@ -850,10 +858,11 @@ def augment_image(image, size: int, crop_min_area: float, flip: bool, randaugmen
         ratio = math.exp(uniform(math.log(3 / 4), math.log(4 / 3)))
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < w <= width and 0 < h <= height:
+            left, top = round(uniform(0, width - w)), round(uniform(0, height - h))
             break
     else:  # no such crop fits an image this elongated: its centre
         w, h = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
-    left, top = round(uniform(0, width - w)), round(uniform(0, height - h))
+        left, top = (width - w) // 2, (height - h) // 2
     image = TF.resized_crop(image, top, left, h, w, [size, size], InterpolationMode.BICUBIC)
     if flip:
         image = TF.horizontal_flip(image)
@@ -910,6 +919,8 @@ def load_tokenizer(name):
     if isinstance(name, str) and os.path.isdir(name):
         name = os.path.join(name, "vocab.txt")
     if isinstance(name, str) and not os.path.isfile(name):
+        if name.endswith(".txt"):  # no name on the hub, where a look-up may take minutes
+            raise ValueError(f"tokenizer {name!r}: no such file")
         try:
             return AutoTokenizer.from_pretrained(name)
         except Exception as error:  # the hub's client raises many kinds
@@ -925,6 +936,9 @@ def load_tokenizer(name):
     absent = {"[PAD]", "[UNK]", "[CLS]", "[MASK]"} - set(entries)
     if absent:
         raise ValueError(f"{name} is no BERT vocabulary: it lacks {', '.join(sorted(absent))}")
+    if len(set(entries)) < len(entries):
+        twice = next(entry for entry in entries if entries.count(entry) > 1)
+        raise ValueError(f"{name}: the entry {twice!r} stands there twice, so ids are not clear; remove one")
     # transformers 5 ignores vocab_file= without a word and maps all to [UNK]; vocab= works
     return BertTokenizer(vocab={entry: i for i, entry in enumerate(entries)})
 
@@ -1026,7 +1040,8 @@ def load_weights(module, state: dict, missing_ok: tuple[str, ...] = ()) -> list[
     Returns the names that kept them. Raises ValueError that names each key left over, missing or of another shape.
     """
     own = module.state_dict()
-    grids = {f"{name}.pos_embed": m.grid for name, m in module.named_modules() if isinstance(m, VisionTransformer)}
+    vits = {name: m for name, m in module.named_modules() if isinstance(m, VisionTransformer)}
+    grids = {f"{name}.pos_embed".removeprefix("."): vit.grid for name, vit in vits.items()}
     state = {k: resize_pos_embed(v, grids[k]) if k in grids else v for k, v in state.items()}
     missing = [k for k in own if k not in state]
     faults = [f"{k} is missing" for k in missing if not any(re.search(pattern, k) for pattern in missing_ok)]
@@ -1063,7 +1078,9 @@ def read_state(path) -> dict:
     for name in ("model", "state_dict"):
         if isinstance(state, dict) and isinstance(state.get(name), dict):
             state = state[name]
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+    if not isinstance(state, dict) or not all(
+        isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in state.items()
+    ):
         raise ValueError(f"{path} holds no state dict of tensors")
     return {key.removeprefix("module."): value for key, value in state.items()}
 
@@ -1090,16 +1107,20 @@ def load_bert(encoders: Encoders, state: dict) -> list[str]:
 def load_start(model: PretrainModel, state: dict) -> list[str]:
     """Start a model from a checkpoint of ours or of ALBEF; queues start anew. Returns the names that kept fresh values.
 
-    The twin comes from the checkpoint if it holds one, else it is a copy of the student made afterwards.
+    The twin comes from the checkpoint; what that lacks of it is a copy of the student made afterwards.
     """
     ours = any(key.startswith("encoders.") for key in state)
     if not ours:
         state = rename_albef(state, text_layers=len(model.encoders.text.layers))
     state = {key: value for key, value in state.items() if "queue" not in key}
-    missing = load_weights(model, state, ("queue", "^encoders_m"))
-    if any(key.startswith("encoders_m") for key in missing):
-        model.encoders_m.load_state_dict(model.encoders.state_dict())
-    return [key for key in missing if "queue" not in key and not key.startswith("encoders_m")]
+    fresh = ("queue", "^encoders_m")
+    if not any("mlm_head" in key for key in state):  # ALBEF's retrieval checkpoints have none
+        fresh += ("mlm_head",)
+    missing = load_weights(model, state, fresh)
+    student = model.encoders.state_dict()
+    twin = {key.removeprefix("encoders_m."): key for key in missing if key.startswith("encoders_m.")}
+    model.encoders_m.load_state_dict({name: student[name] for name in twin}, strict=False)
+    return [key for key in missing if "queue" not in key and key not in twin.values()]
 
 
 # A trained model on your own image and sentence
@@ -1142,7 +1163,7 @@ class Pretrained:
         with torch.no_grad():
             image_embeds = encoders.encode_image(image)
             text_embeds = encoders.encode_text(text["input_ids"], text["attention_mask"])
-        keys_values = encoders.image_keys_values(image_embeds)
+        keys_values = encoders.image_keys_values(image_embeds.requires_grad_())  # so that a frozen model has a graph too
         fused, attention = encoders.fuse(
             text_embeds, text["attention_mask"], keys_values, attention_layer=attention_layer
         )
@@ -1204,8 +1225,10 @@ def from_pretrained(path, device: str = "cpu") -> Pretrained:
     """The model of a checkpoint that train.py wrote (the file, or the folder it lies in), ready for use."""
     checkpoint = read_checkpoint(checkpoint_path(path))
     config, vocab = checkpoint["config"], checkpoint["vocab"]
-    model = build_pretrain_model(len(vocab), config["model"], {**config["method"], "queue_size": 0})
-    state = {key: value for key, value in checkpoint["model"].items() if "queue" not in key}
-    load_weights(model, state, ("queue",))
-    data = config["data"]
-    return Pretrained(model.to(device), load_tokenizer(vocab), data["max_tokens"], data["max_words"])
+    try:
+        model = build_pretrain_model(len(vocab), config["model"], {**config["method"], "queue_size": 0})
+        max_tokens, max_words = config["data"]["max_tokens"], config["data"]["max_words"]
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path}: the settings in the checkpoint are not those of this version: {error}") from None
+    load_weights(model, {key: value for key, value in checkpoint["model"].items() if "queue" not in key}, ("queue",))
+    return Pretrained(model.to(device), load_tokenizer(vocab), max_tokens, max_words)
