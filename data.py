@@ -320,6 +320,9 @@ def _check_values(config):
     layer = (model.fusion_layers - 1) // 2 if method.attention_layer is None else method.attention_layer
     uses_attention = method.soft_mask or method.attention_layer is not None
     for good, message in [
+        (config.checkpoint_every_steps % config.log_every_steps == 0,
+         f"checkpoint_every_steps ({config.checkpoint_every_steps}) must be a multiple of log_every_steps "
+         f"({config.log_every_steps}): a checkpoint holds no running means of the log"),
         (model.image_size % model.patch_size == 0, "model.image_size must be a multiple of model.patch_size"),
         (model.vision_width % model.vision_heads == 0, "model.vision_width must be a multiple of model.vision_heads"),
         (model.text_width % model.text_heads == 0, "model.text_width must be a multiple of model.text_heads"),

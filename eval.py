@@ -64,8 +64,8 @@ def retrieval_metrics(sim_i2t, sim_t2i, image_of_text):
     """
     own = image_of_text[None] == torch.arange(len(sim_i2t), device=image_of_text.device)[:, None]  # (I, T)
     best_own = sim_i2t.masked_fill(~own, -torch.inf).amax(1, keepdim=True)
-    txt_rank = ((sim_i2t >= best_own) & ~own).sum(1)
-    img_rank = ((sim_t2i >= sim_t2i.gather(1, image_of_text[:, None])) & ~own.T).sum(1)
+    txt_rank = (~(sim_i2t < best_own) & ~own).sum(1)  # not >=: NaN would rank first
+    img_rank = (~(sim_t2i < sim_t2i.gather(1, image_of_text[:, None])) & ~own.T).sum(1)
     txt = {f"txt_r{k}": 100 * (txt_rank < k).double().mean().item() for k in (1, 5, 10)}
     img = {f"img_r{k}": 100 * (img_rank < k).double().mean().item() for k in (1, 5, 10)}
     metrics = txt | {"txt_r_mean": sum(txt.values()) / 3} | img | {"img_r_mean": sum(img.values()) / 3}
@@ -262,7 +262,8 @@ def evaluate_pretrained(model, tokenizer, config, out, split="test"):
     metrics = retrieval(model, tokenizer, file, settings.image_root, config)
     if rank() > 0:
         return metrics
-    if config.data.grounding_boxes is not None:
+    # the last fusion layer has no word attention, so an only one has none either
+    if config.data.grounding_boxes is not None and len(model.encoders.fusion.layers) > 1:
         rows = read_rows(config.data.grounding_boxes)
         side = config.data.scenes.image_size
         metrics["grounding"] = grounding_metrics(model, tokenizer, rows, settings.image_root, side, config)
@@ -381,20 +382,24 @@ def main(arguments):
     config = data.load_config(options.scale, overrides)
     if "RANK" in os.environ:
         dist.init_process_group("nccl" if resolve_device(config).type == "cuda" else "gloo")
-    if rank() == 0:
-        data.resolve_scenes(config)
-    if world_size() > 1:
-        dist.barrier()
-    config = data.resolve_scenes(config)
+    if task != "masks" or options.image is None:  # one's own image needs no scenes
+        if rank() == 0:
+            data.resolve_scenes(config)
+        if world_size() > 1:
+            dist.barrier()
+        config = data.resolve_scenes(config)
     path = options.checkpoint or os.path.join("out", options.scale, "pretrain")
     api, checkpoint = load(path, resolve_device(config))
     # the weights fix the model; the command line the data and how to evaluate
-    config = data.config_from_dict(data.config_to_dict(config) | {"model": checkpoint["config"]["model"]}, path)
+    fixed = {name: checkpoint["config"][name] for name in ("model", "method")}
+    config = data.config_from_dict(data.config_to_dict(config) | fixed, path)
     folder = path if os.path.isdir(path) else os.path.dirname(path)
     if task == "masks":
         target = options.out or os.path.join(folder, "masks.png")
         if (options.image is None) != (options.text is None):
             raise data.InputError("masks: --image and --text go together; without both, scenes are drawn")
+        if options.text is not None and not softmask.clean_caption(options.text, config.data.max_words):
+            raise data.InputError(f"masks: --text {options.text!r} has no word")
         if options.image is not None:
             pairs = [(options.image, options.text)]
         elif config.data.grounding_boxes is None:
@@ -416,9 +421,10 @@ def one_line_errors():
     """Turn a user's mistake into one line on stderr and exit status 2; end the process group either way."""
     try:
         yield
-    except (data.InputError, FileNotFoundError, ValueError) as error:
-        # an error from a loader worker carries that worker's traceback in front of its own line
-        print(f"error: {str(error).strip().splitlines()[-1]}", file=sys.stderr)
+    except (ValueError, OSError) as error:  # InputError is a ValueError
+        # an error from a loader worker carries that worker's traceback and its class in front of its own line
+        line = (str(error).strip() or type(error).__name__).splitlines()[-1]
+        print(f"error: {line.removeprefix('data.InputError: ')}", file=sys.stderr)
         sys.exit(2)
     finally:
         if dist.is_initialized():

@@ -30,6 +30,7 @@ import os
 import subprocess
 import sys
 import time
+import warnings
 
 import torch
 import torch.distributed as dist
@@ -99,6 +100,8 @@ def train(model, optimizer, loader, config, task, run):
     wrapped = model
     if world > 1:
         device_ids = [device] if device.type == "cuda" else None
+        # torch 2.13 has a new name for broadcast_buffers and warns of the old, the one that 2.11 knows
+        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
         wrapped = DistributedDataParallel(model, device_ids, broadcast_buffers=False, gradient_as_bucket_view=True)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     batches = iter(loader)
@@ -125,6 +128,11 @@ def train(model, optimizer, loader, config, task, run):
             features.append(features_m)
             run.add({"loss": loss} | {f"loss_{name}": value for name, value in losses.items()} | stats)
         norm = torch.nn.utils.clip_grad_norm_(trained, task.clip_norm or math.inf)
+        if not norm.isfinite():  # before it enters the weights
+            raise data.InputError(
+                f"gradient no longer finite in step {step + 1}; the last good state is {run.checkpoint_file}; lower "
+                "lr, or set clip_norm"
+            )
         optimizer.step()
         model.enqueue(*(None if part[0] is None else torch.cat(part) for part in zip(*features)))
         run.step_done({"alpha": alpha, "lr": lr, "grad_norm": norm}, model, optimizer)
@@ -133,8 +141,9 @@ def train(model, optimizer, loader, config, task, run):
 class Run:
     """The output folder of a run: its log, its checkpoint, its counters. Process 0 alone writes."""
 
-    def __init__(self, out, config, task_name, task, steps_per_epoch, tokenizer):
-        self.out, self.config, self.task_name = out, config, task_name
+    def __init__(self, out, config, settings, task_name, task, steps_per_epoch, tokenizer):
+        """settings: config as a dict, as it was before the scenes' folder went in: what the checkpoint holds."""
+        self.out, self.config, self.settings, self.task_name = out, config, settings, task_name
         self.steps_per_epoch = steps_per_epoch
         self.total_steps = task.epochs * steps_per_epoch
         self.step = 0
@@ -143,7 +152,8 @@ class Run:
         ordinary = sorted(set(range(len(self.vocab))) - set(tokenizer.all_special_ids))
         device = evaluation.resolve_device(config)
         self.special = tokenizer.mask_token_id, torch.tensor(ordinary, device=device)
-        self.sums, self.bad_images, self.seen, self.truncated = {}, 0, 0, 0
+        self.bad_images, self.seen = 0, 0  # over all processes, up to the last line of the log
+        self.sums, self.counts = {}, torch.zeros(3, dtype=torch.float64)  # of this process, since that line
         self.started = self.interval_started = time.perf_counter()
         self.bar = None
 
@@ -152,14 +162,38 @@ class Run:
         return os.path.join(self.out, "checkpoint.pt")
 
     def resume(self, model, optimizer):
-        """Go on from the folder's checkpoint, if it has one: weights, twin, queues, optimizer, step, log."""
-        if not os.path.isfile(self.checkpoint_file):
-            return
-        checkpoint = softmask.read_checkpoint(self.checkpoint_file)
-        old, new = checkpoint["config"], data.config_to_dict(self.config)
-        changed = changed_settings(old, new, self.task_name)
-        if checkpoint["global_batch"] != self.global_batch:
-            changed.append(f"pairs a step: {checkpoint['global_batch']} then, {self.global_batch} now")
+        """Go on from the folder's checkpoint: weights, twin, queues, optimizer, step. Returns whether there is one.
+
+        The log is cut to the checkpoint's step: a kill leaves lines beyond it, and may cut the last one.
+        """
+        found = os.path.isfile(self.checkpoint_file)
+        if found:
+            self.load(model, optimizer, softmask.read_checkpoint(self.checkpoint_file))
+        steps = softmask.gather(torch.tensor([self.step], device=model.temp.device)).tolist()
+        if len(set(steps)) > 1:
+            raise data.InputError(
+                f"the processes find checkpoints of steps {steps} in {self.out}; give --out a folder that all "
+                "machines share"
+            )
+        log = os.path.join(self.out, "log.jsonl")
+        if evaluation.rank() == 0 and os.path.isfile(log):
+            with open(log, encoding="utf-8") as file:
+                lines = [line for line in file if line.endswith("\n") and json.loads(line)["step"] <= self.step]
+            data.write_atomically(log, "".join(lines).encode())
+        if self.step == self.total_steps:
+            say(f"finished: {self.checkpoint_file} is at step {self.step} of {self.total_steps}; --fresh starts over")
+        elif found:
+            say(f"goes on from step {self.step} of {self.total_steps} in {self.checkpoint_file}")
+        return found
+
+    def load(self, model, optimizer, checkpoint):
+        """Take over a checkpoint of this run; InputError where it was made under other settings."""
+        changed = changed_settings(checkpoint["config"], self.settings)
+        for name, key in (("pairs a step", "global_batch"), ("steps, from the number of records", "total_steps")):
+            if checkpoint.get(key) != getattr(self, key):
+                changed.append(f"{name}: {checkpoint.get(key)} then, {getattr(self, key)} now")
+        if checkpoint["vocab"] != self.vocab:
+            changed.append("entries of the tokenizer")
         if changed:
             raise data.InputError(
                 f"{self.out} holds a run under other settings ({'; '.join(changed[:4])}); give --out another folder, or "
@@ -168,24 +202,18 @@ class Run:
         softmask.load_weights(model, checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         self.step, self.bad_images, self.seen = checkpoint["step"], checkpoint["bad_images"], checkpoint["seen"]
-        log = os.path.join(self.out, "log.jsonl")
-        if evaluation.rank() == 0 and os.path.isfile(log):
-            with open(log, encoding="utf-8") as file:  # a kill may have cut the last line
-                lines = [line for line in file if line.endswith("\n") and json.loads(line)["step"] <= self.step]
-            data.write_atomically(log, "".join(lines).encode())
-        say(f"goes on from step {self.step} of {self.total_steps} in {self.checkpoint_file}")
 
     def count(self, batch):
-        """Count the records of a batch, and those of them that were replaced."""
+        """Count the records of a batch and those of them that were replaced; too many of these stop the run."""
         for path, reason in batch["replaced"]:
             tqdm.write(f"bad record, replaced by another: {path}: {reason}", file=sys.stderr)
-        self.bad_images += len(batch["replaced"]) * evaluation.world_size()
-        self.seen += len(batch["image"]) * evaluation.world_size()
-        self.truncated += batch["truncated"]
-        if self.bad_images > max(self.config.max_bad_image_share * self.seen, 10):
+        self.counts += torch.tensor([len(batch["replaced"]), len(batch["image"]), batch["truncated"]])
+        bad = self.bad_images + int(self.counts[0])
+        seen = self.seen + int(self.counts[1]) * evaluation.world_size()
+        share = self.config.max_bad_image_share
+        if bad > max(share * seen, 10 if share else 0):  # the first few are no share yet
             raise data.InputError(
-                f"{self.bad_images} of {self.seen} records were bad, more than max_bad_image_share "
-                f"{self.config.max_bad_image_share}; the last: {batch['replaced'] and batch['replaced'][-1][0]}; see "
+                f"{bad} of {seen} records were bad, more than max_bad_image_share {share}; see the lines above, and "
                 "python train.py check"
             )
 
@@ -208,34 +236,30 @@ class Run:
             self.log()
         if self.step % self.config.checkpoint_every_steps == 0 or last:
             self.save(model, optimizer)
-        if last and self.bar is not None:
+
+    def close(self):
+        """End the line of the progress bar."""
+        if self.bar is not None:
             self.bar.close()
 
     def log(self):
-        """Write a line of log.jsonl; stop the run where a loss is no longer finite."""
+        """Write a line of log.jsonl."""
         means = torch.stack([total.double().cpu() / count for total, count in self.sums.values()])
-        counts = torch.tensor([self.truncated], dtype=torch.float64)
+        counts = self.counts
         if evaluation.world_size() > 1:
             device = evaluation.resolve_device(self.config)
             both = torch.cat([means / evaluation.world_size(), counts]).to(device)
             dist.all_reduce(both)
-            means, counts = both[:-1].cpu(), both[-1:].cpu()
+            means, counts = both[:-3].cpu(), both[-3:].cpu()
+        bad, pairs, truncated = counts.tolist()
+        self.bad_images, self.seen = self.bad_images + int(bad), self.seen + int(pairs)
         line = {"step": self.step, "epoch": self.step / self.steps_per_epoch}
         line |= {name: float(f"{mean:.6g}") for name, mean in zip(self.sums, means.tolist())}
-        broken = [name for name, mean in zip(self.sums, means.tolist()) if not math.isfinite(mean)]
-        if broken:
-            raise data.InputError(
-                f"{', '.join(broken)} no longer finite within the {self.config.log_every_steps} steps before step "
-                f"{self.step}; the last good state is {self.checkpoint_file}; lower lr, or set clip_norm"
-            )
-        steps = next(iter(self.sums.values()))[1]
         now = time.perf_counter()
-        pairs = self.global_batch * self.sums["lr"][1]
-        line |= {"bad_images": self.bad_images, "truncated": counts.item() / pairs}
+        line |= {"bad_images": self.bad_images, "truncated": truncated / pairs}
         line |= {"pairs_per_second": round(pairs / (now - self.interval_started), 1)}
         line |= {"seconds": round(now - self.started, 1)}
-        assert steps
-        self.sums, self.truncated, self.interval_started = {}, 0, now
+        self.sums, self.counts, self.interval_started = {}, torch.zeros_like(self.counts), now
         if evaluation.rank() == 0:
             with open(os.path.join(self.out, "log.jsonl"), "a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
@@ -251,29 +275,30 @@ class Run:
                 "model": model.state_dict(),
                 "optimizer": optimizer.state_dict(),
                 "step": self.step,
+                "total_steps": self.total_steps,
                 "epoch": self.step / self.steps_per_epoch,
                 "seen": self.seen,
                 "bad_images": self.bad_images,
                 "global_batch": self.global_batch,
                 "task": self.task_name,
-                "config": data.config_to_dict(self.config),
+                "config": self.settings,
                 "vocab": self.vocab,
-                "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+                "versions": {"torch": str(torch.__version__), "transformers": transformers.__version__},
                 "commit": git_commit(),
             }
             data.write_atomically(self.checkpoint_file, lambda file: torch.save(checkpoint, file))
 
 
-def changed_settings(old: dict, new: dict, task_name: str, prefix: str = "") -> list[str]:
+def changed_settings(old: dict, new: dict, prefix: str = "") -> list[str]:
     """Settings that differ between two configs and change what the run computes, as "key: old then, new now"."""
     changed = []
     for key in sorted(old.keys() | new.keys()):
         name = prefix + key
-        if name in FREE_SETTINGS or key == "accumulation" or key == "batch_size":  # their product is checked apart
+        if name in FREE_SETTINGS or key == "accumulation":  # as good as processes; pairs a step are checked
             continue
         before, after = old.get(key), new.get(key)
         if isinstance(before, dict) and isinstance(after, dict):
-            changed += changed_settings(before, after, task_name, name + ".")
+            changed += changed_settings(before, after, name + ".")
         elif before != after:
             changed.append(f"{name}: {before} then, {after} now")
     return changed
@@ -295,28 +320,41 @@ def say(text: str):
         print(text, flush=True)
 
 
+@contextlib.contextmanager
+def weights_of(path):
+    """The tensors of a file of weights; what does not fit the model is an InputError that names the file."""
+    state = softmask.read_state(path)
+    try:
+        yield state
+    except ValueError as error:
+        raise data.InputError(f"{path}: {error}") from None
+
+
 def load_initial_weights(model, config, task):
     """Start the model from task.start, or the encoders from DeiT and BERT, and its twin from them."""
     if task.start is not None:
         path = softmask.checkpoint_path(task.start)
-        fresh = softmask.load_start(model, softmask.read_state(path))
+        with weights_of(path) as state:
+            fresh = softmask.load_start(model, state)
         say(f"starts from {path}" + (f"; fresh: {', '.join(fresh)}" if fresh else ""))
         return
-    encoders = model.encoders
-    if config.model.vision_weights is not None:
-        softmask.load_deit(encoders, softmask.read_state(config.model.vision_weights))
-        say(f"image encoder starts from {config.model.vision_weights}")
+    encoders, vision, text = model.encoders, config.model.vision_weights, config.model.text_weights
+    if vision is not None:
+        with weights_of(vision) as state:
+            softmask.load_deit(encoders, state)
+        say(f"image encoder starts from {vision}")
     elif config.scale == "paper":
         raise data.InputError("model.vision_weights is null: at scale paper the image encoder starts from DeiT; name its file")
-    if config.model.text_weights is not None:
-        fresh = softmask.load_bert(encoders, softmask.read_state(config.model.text_weights))
-        say(f"text and fusion encoder start from {config.model.text_weights}; fresh: cross-attention"
+    if text is not None:
+        with weights_of(text) as state:
+            fresh = softmask.load_bert(encoders, state)
+        say(f"text and fusion encoder start from {text}; fresh: cross-attention"
             + (", MLM head" if any("mlm_head" in name for name in fresh) else ""))  # fmt: skip
     model.encoders_m.load_state_dict(encoders.state_dict())
 
 
-def pretrain(config, out):
-    """Pre-train, then evaluate."""
+def pretrain(config, settings, out):
+    """Pre-train, then evaluate. Returns the steps done and the metrics; arguments as of Run."""
     task, device = config.pretrain, evaluation.resolve_device(config)
     tokenizer = softmask.load_tokenizer(config.data.tokenizer)
     records = data.Records.from_json(config.data.pretrain_files, data.FORMATS["pretrain"])
@@ -328,18 +366,20 @@ def pretrain(config, out):
     model = softmask.build_pretrain_model(len(tokenizer), data.config_to_dict(config)["model"], method)
     world = evaluation.world_size()
     blocks = task.batch_size, world, evaluation.rank(), task.accumulation, config.seed
-    run = Run(out, config, "pretrain", task, data.ShuffledBatches(len(records), *blocks, 0).steps_per_epoch, tokenizer)
-    load_initial_weights(model, config, task)
+    steps_per_epoch = data.ShuffledBatches(len(records), *blocks, 0).steps_per_epoch
+    run = Run(out, config, settings, "pretrain", task, steps_per_epoch, tokenizer)
     model.to(device)
     optimizer = torch.optim.AdamW(parameter_groups(model, task.weight_decay), lr=task.lr, fused=True)
-    run.resume(model, optimizer)
+    if not run.resume(model, optimizer):
+        load_initial_weights(model, config, task)
     if run.step < run.total_steps:
         count = sum(p.numel() for p in model.parameters() if p.requires_grad)
         say(f"pretrain: {count / 1e6:.1f}M parameters, {len(records)} records, {run.total_steps} steps of "
             f"{run.global_batch} pairs, {world} process{'es' * (world > 1)} on {device}, {config.precision}")  # fmt: skip
         sampler = data.ShuffledBatches(len(records), *blocks, run.step)
         loader = data.make_loader(dataset, sampler, tokenizer, config.data.max_tokens, config.num_workers)
-        train(model, optimizer, loader, config, task, run)
+        with contextlib.closing(run):
+            train(model, optimizer, loader, config, task, run)
         del loader
     metrics = evaluation.evaluate_pretrained(model, tokenizer, config, out)
     return run.step, metrics
@@ -354,7 +394,7 @@ def locked(out):
             try:
                 import fcntl  # not on Windows, where runs are not kept apart
 
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # flock's would live on in loader workers after a kill
             except ImportError:
                 pass
             except OSError:
@@ -408,10 +448,11 @@ def main(arguments):
                     os.remove(os.path.join(options.out, name))
         if evaluation.world_size() > 1:
             dist.barrier()
-        step, metrics = {"pretrain": pretrain}[options.task](config, options.out)
+        settings = data.config_to_dict(options.config)
+        step, metrics = {"pretrain": pretrain}[options.task](config, settings, options.out)
         if evaluation.rank() == 0:
             result = {"task": options.task, "scale": config.scale, "seed": config.seed, "step": step}
-            result |= {"settings": data.config_to_dict(config), "metrics": metrics}
+            result |= {"settings": settings, "metrics": metrics}
             data.write_atomically(os.path.join(options.out, "metrics.json"), json.dumps(result, indent=1).encode())
             print(evaluation.format_metrics(metrics))
             print(f"all of it in {options.out}")

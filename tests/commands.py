@@ -1,0 +1,141 @@
+"""Run train.py and eval.py as commands, in processes that have torch and transformers imported already.
+
+The processes are forked off a server that imports train.py once: the real command line, less seconds of imports each.
+"""
+import contextlib
+import dataclasses
+import json
+import multiprocessing
+import multiprocessing.forkserver
+import os
+import pathlib
+import runpy
+import signal
+import socket
+import sys
+import time
+
+import torch
+
+import data
+
+SCENES = "data.scenes={level: plain, train: 96, val: 10, test: 13, image_size: 32, seed: 5}"
+TINY = [
+    SCENES, "device=cpu", "num_workers=0", "log_every_steps=1", "checkpoint_every_steps=3", "pretrain.batch_size=8",
+    "pretrain.epochs=1", "pretrain.warmup_steps=2", "eval={batch_size: 5, top_k: 4, pictures: 2}",
+    "model={image_size: 32, patch_size: 8, vision_width: 32, vision_layers: 2, vision_heads: 2, text_width: 32, "
+    "text_layers: 1, fusion_layers: 3, text_heads: 2, max_positions: 32, embed_dim: 16}",
+]  # 12 steps
+
+
+def scenes_folder():
+    """Where the scenes of the setting SCENES lie."""
+    return pathlib.Path(data.resolve_scenes(data.load_config("scenes", TINY)).data.pretrain_image_root)
+
+
+@dataclasses.dataclass
+class Result:
+    status: int | list[int]  # one for each process, where there are several
+    out: str
+    err: str
+
+    @property
+    def error(self):
+        """The one line in which a command that failed says why."""
+        assert self.status == 2 and "Traceback" not in self.err, self.err
+        lines = [line for line in self.err.splitlines() if "error" in line.lower()]
+        assert len(lines) == 1 and lines[0].startswith("error: "), self.err
+        return lines[0].removeprefix("error: ")
+
+
+class Command:
+    """A program at work in one process, or in several with gloo between them, as torchrun would start it."""
+
+    def __init__(self, folder, program, *arguments, processes=1):
+        """folder: where its output is kept; program: path of a Python file, below the checkout or absolute."""
+        self.outputs = [os.path.join(folder, f"output{time.monotonic_ns()}-{rank}") for rank in range(processes)]
+        environments = [{}]
+        if processes > 1:
+            with socket.create_server(("127.0.0.1", 0)) as free:
+                port = free.getsockname()[1]
+            shared = {"WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            environments = [shared | {"RANK": rank, "LOCAL_RANK": rank} for rank in range(processes)]
+        program, context = os.path.join(data.HERE, program), multiprocessing.get_context("forkserver")
+        with python_path():
+            multiprocessing.set_forkserver_preload(["train"])
+            multiprocessing.forkserver.ensure_running()
+        self.processes = [
+            context.Process(target=run_program, args=(program, list(map(str, arguments)), environment, output))
+            for environment, output in zip(environments, self.outputs)
+        ]
+        for process in self.processes:
+            process.start()
+
+    def wait(self, timeout=120):
+        end = time.monotonic() + timeout
+        for process in self.processes:
+            process.join(end - time.monotonic())
+            if process.exitcode is None:
+                self.kill()
+                raise AssertionError(f"still at work after {timeout} s: {self.result()}")
+        return self.result()
+
+    def result(self):
+        status = [process.exitcode for process in self.processes]
+        out, err = ("".join(pathlib.Path(path + kind).read_text() for path in self.outputs) for kind in (".out", ".err"))
+        return Result(status if len(status) > 1 else status[0], out, err)
+
+    def kill(self):
+        """SIGKILL, to all processes at once."""
+        for process in self.processes:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process.pid, signal.SIGKILL)
+        for process in self.processes:
+            process.join()
+
+    def kill_when(self, condition, timeout=120):
+        """Kill it as soon as condition() holds, which must be before its end."""
+        end = time.monotonic() + timeout
+        while not condition():
+            assert all(process.is_alive() for process in self.processes) and time.monotonic() < end, self.result()
+            time.sleep(0.002)
+        self.kill()
+
+
+@contextlib.contextmanager
+def python_path():
+    """The server of forks finds our modules by PYTHONPATH: Python before 3.14 does not hand it sys.path in time."""
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
+    try:
+        yield
+    finally:
+        os.environ.pop("PYTHONPATH")
+        if before is not None:
+            os.environ["PYTHONPATH"] = before
+
+
+def run_program(program, arguments, environment, output):
+    """In the new process: what `python program arguments` does."""
+    for descriptor, kind in ((1, ".out"), (2, ".err")):
+        os.dup2(os.open(output + kind, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
+    os.environ.update({name: str(value) for name, value in environment.items()})
+    os.chdir(data.HERE)
+    multiprocessing.set_start_method("fork", force=True)  # for loader workers, as in a process of one's own
+    torch.set_num_threads(1)
+    sys.argv = [program, *arguments]
+    runpy.run_path(program, run_name="__main__")
+
+
+def run(folder, program, *arguments, processes=1, timeout=120):
+    """Run a program to its end."""
+    return Command(folder, program, *arguments, processes=processes).wait(timeout)
+
+
+def read_log(out):
+    """The lines of a log that were written whole."""
+    path = os.path.join(out, "log.jsonl")
+    if not os.path.exists(path):
+        return []
+    with open(path) as file:
+        return [json.loads(line) for line in file if line.endswith("\n")]

@@ -1,0 +1,259 @@
+"""eval.py: retrieval against naive loops, pointing and foils by hand, and its commands on a small trained run."""
+import dataclasses
+import json
+import math
+import os
+
+import pytest
+import torch
+import torch.nn as nn
+from PIL import Image
+
+import commands
+import data
+import eval as evaluation
+import softmask
+from commands import TINY, run
+
+CAPTIONS = ["a small red circle left of a large blue star", "a star", "", "a large yellow diamond above a cyan cross"]
+
+
+@pytest.fixture(scope="module")
+def scene():
+    """A small untrained model in evaluation mode, its tokenizer, config and the folder of the scenes."""
+    config = data.resolve_scenes(data.load_config("scenes", TINY))
+    tokenizer = softmask.load_tokenizer(config.data.tokenizer)
+    settings = data.config_to_dict(config)
+    torch.manual_seed(3)
+    method = settings["method"] | {"queue_size": 0}
+    model = softmask.build_pretrain_model(len(tokenizer), settings["model"], method).eval()
+    with torch.no_grad():  # of a start from N(0, 0.02) all scores are alike
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(3)
+    return model, tokenizer, config, commands.scenes_folder()
+
+
+# Retrieval
+
+
+def naive_recalls(scores, is_own):
+    """Recall at 1, 5 and 10, query by query: the best own candidate stands behind all others not below it."""
+    ranks = []
+    for query, row in enumerate(scores):
+        best = max((score for candidate, score in enumerate(row) if is_own(query, candidate)), default=-math.inf)
+        ranks.append(sum(not score < best for candidate, score in enumerate(row) if not is_own(query, candidate)))
+    return [100 * sum(rank < k for rank in ranks) / len(ranks) for k in (1, 5, 10)]
+
+
+@pytest.mark.parametrize("distinct", [3, 1000])  # with few distinct scores most are ties
+def test_retrieval_metrics_are_those_of_a_naive_loop(distinct):
+    generator = torch.Generator().manual_seed(distinct)
+    image_of_text = torch.randint(20, (47,), generator=generator)
+    image_of_text[image_of_text == 7] = 8  # an image without a text
+    sim = torch.randint(distinct, (20, 47), generator=generator).float()
+    sim_i2t = sim.masked_fill(torch.rand(sim.shape, generator=generator) < 0.3, -torch.inf)
+    sim_t2i = sim.T.masked_fill(torch.rand(sim.T.shape, generator=generator) < 0.3, -torch.inf)
+    metrics = evaluation.retrieval_metrics(sim_i2t, sim_t2i, image_of_text)
+    txt = naive_recalls(sim_i2t.tolist(), lambda image, text: image_of_text[text] == image)
+    img = naive_recalls(sim_t2i.tolist(), lambda text, image: image_of_text[text] == image)
+    assert [metrics[f"txt_r{k}"] for k in (1, 5, 10)] == pytest.approx(txt)
+    assert [metrics[f"img_r{k}"] for k in (1, 5, 10)] == pytest.approx(img)
+    assert metrics["txt_r_mean"] == pytest.approx(sum(txt) / 3) and metrics["img_r_mean"] == pytest.approx(sum(img) / 3)
+    assert metrics["r_mean"] == pytest.approx(sum(txt + img) / 6)
+
+
+@pytest.mark.parametrize("value", [0.0, -math.inf, math.nan])
+def test_scores_that_tell_nothing_get_nothing(value):
+    sim = torch.full((30, 30), value)
+    metrics = evaluation.retrieval_metrics(sim, sim, torch.arange(30))
+    assert set(metrics.values()) == {0.0}
+
+
+@pytest.mark.parametrize("top_k", [3, 100])
+def test_retrieval_scores_are_those_of_single_pairs(top_k, scene):
+    model, tokenizer, config, folder = scene
+    config = dataclasses.replace(config, eval=data.EvalConfig(batch_size=4, top_k=top_k, pictures=1))
+    paths = [str(folder / "images" / "val" / f"{number:05d}.jpg") for number in range(7)]
+    captions = [*CAPTIONS, "a large green square below a small white triangle", *CAPTIONS[:2], "purple", "a cross"]
+    sim, scores_i2t, scores_t2i = evaluation.retrieval_scores(model, tokenizer, paths, captions, config)
+    api = softmask.Pretrained(model, tokenizer, config.data.max_tokens, config.data.max_words)
+    images = [data.read_image(path) for path in paths]
+    image_feat, text_feat = [api.encode_image(image) for image in images], [api.encode_text(text) for text in captions]
+    for i, image in enumerate(images):
+        for t, text in enumerate(captions):
+            torch.testing.assert_close(sim[i, t], image_feat[i] @ text_feat[t], rtol=0, atol=1e-5)
+            in_top = (sim[i] > sim[i, t]).sum() < top_k, (sim[:, t] > sim[i, t]).sum() < top_k
+            for scored, score in zip(in_top, (scores_i2t[i, t], scores_t2i[t, i])):
+                if scored:
+                    assert score.item() == pytest.approx(api.match(image, text)[1], rel=1e-5, abs=1e-5)
+                else:
+                    assert score == -math.inf
+    assert scores_i2t.isfinite().sum(1).tolist() == [min(top_k, 9)] * 7 or top_k == 3  # equal captions tie
+    assert scores_t2i.isfinite().sum(1).tolist() == [min(top_k, 7)] * 9
+
+
+def test_two_processes_have_the_figures_of_one(trained, tmp_path):
+    rows = json.loads((commands.scenes_folder() / "retrieval_test.json").read_text())
+    for row in rows[::3]:
+        row["caption"] += ["a star", "a large cross"]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))  # 13 images with 1 or 3 captions
+    arguments = ["eval.py", "pretrain", "--checkpoint", trained.out, *trained.arguments, "eval.pictures=0",
+                 f"data.retrieval_sets.scenes.test={tmp_path / 'rows.json'}"]
+    one, two = run(tmp_path, *arguments), run(tmp_path, *arguments, processes=2)
+    assert one.status == 0 and two.status == [0, 0], two.err
+    assert one.out == two.out and "re-ranked by ITM" in one.out
+
+
+# Pointing
+
+
+def test_pointing_by_hand():
+    cam = torch.zeros(4, 4)
+    cam[1, 2], cam[3, 0] = 3.0, 1.0  # patch centres at (x, y) = (0.625, 0.375) and (0.125, 0.875)
+    right, left, all_of_it = (0.5, 0.25, 0.5, 0.25), (0.0, 0.75, 0.25, 0.25), (0.0, 0.0, 1.0, 1.0)
+    hit = evaluation.pointing(cam, right, [left, all_of_it])
+    assert hit == {"area_own": 2 / 16, "hit_own": 1.0, "hit_other": 0.5, "mass_own": 0.75, "mass_other": (0.25 + 1) / 2}
+    miss = evaluation.pointing(cam, left, [right])
+    assert miss == {"area_own": 1 / 16, "hit_own": 0.0, "hit_other": 1.0, "mass_own": 0.25, "mass_other": 0.75}
+    alone = evaluation.pointing(cam, right, [])
+    assert (alone["hit_other"], alone["mass_other"], alone["hit_own"]) == (0.0, 0.0, 1.0)
+
+
+@pytest.mark.parametrize("value", [0.0, 0.7])
+def test_constant_map_points_nowhere(value):
+    result = evaluation.pointing(torch.full((4, 4), value), (0.0, 0.0, 1.0, 1.0), [(0.0, 0.0, 1.0, 1.0)])
+    assert result.pop("area_own") == 1.0 and set(result.values()) == {0.0}
+
+
+def test_box_at_the_border_takes_centres_from_its_left_and_upper_edge_on():
+    cam = torch.zeros(4, 4)
+    cam[3, 3] = 1.0  # centre at 0.875
+    for box, own in [((0.875, 0.875, 0.125, 0.125), 1), ((0.88, 0.5, 0.12, 0.5), 0), ((0.5, 0.5, 0.375, 0.5), 0),
+                     ((0.5, 0.5, 0.4, 0.4), 1), ((0.75, 0.75, 0.25, 0.25), 1)]:  # fmt: skip
+        assert evaluation.pointing(cam, box, [])["hit_own"] == own, box
+
+
+def test_grounding_looks_at_the_pieces_of_the_shape_word(scene, monkeypatch):
+    model, tokenizer, config, folder = scene
+    row = json.loads((folder / "boxes_test.json").read_text())[0]
+    row |= {"caption": "a small red diamond left of a large blue star", "other_boxes": []}
+    row["objects"] = [{"word_index": 3, "box": [0, 0, 8, 8]}, {"word_index": 9, "box": [24, 16, 8, 8]}]
+    tokens = softmask.tokenize(tokenizer, [row["caption"]], config.data.max_tokens)
+    diamond, star = ((tokens["word_ids"][0] == index).nonzero().flatten() for index in (3, 9))
+    assert len(diamond) == 2 and len(star) == 1  # "diamond" has two pieces
+    patches = {"diamond": 0, "star": 2 * 4 + 3}
+
+    def fake_attention(attention, match_logit):
+        cam = torch.zeros(len(match_logit), tokens["input_ids"].shape[1], 16)
+        cam[:, :, 5] = 1.0  # all other words look elsewhere
+        cam[:, diamond] = cam[:, star] = 0.0
+        cam[:, diamond[1], patches["diamond"]] = 0.5  # one piece alone sees it: their average still does
+        cam[:, star, patches["star"]] = 2.0
+        return cam
+
+    monkeypatch.setattr(softmask, "word_attention", fake_attention)
+    right = evaluation.grounding_metrics(model, tokenizer, [row], folder, 32, config)
+    assert (right["hit_own"], right["mass_own"], right["hit_other"], right["objects"]) == (100, 100, 0, 2)
+    assert right["ratio"] == math.inf and right["area_own"] == pytest.approx(100 / 16)
+    patches["diamond"], patches["star"] = patches["star"], patches["diamond"]
+    wrong = evaluation.grounding_metrics(model, tokenizer, [row] * 3, folder, 32, config)
+    assert (wrong["hit_own"], wrong["mass_own"], wrong["hit_other"], wrong["ratio"]) == (0, 0, 100, 0)
+    assert wrong["objects"] == 6
+
+
+def test_grounding_leaves_no_gradient(scene):
+    model, tokenizer, config, folder = scene
+    rows = json.loads((folder / "boxes_test.json").read_text())
+    metrics = evaluation.grounding_metrics(model, tokenizer, rows, folder, 32, config)
+    assert metrics["objects"] == 26 and 0 <= metrics["hit_own"] <= 100
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_foils_by_hand(scene, monkeypatch):
+    model, tokenizer, config, folder = scene
+    image = json.loads((folder / "foils_test.json").read_text())[0]["image"]
+    kinds = ["color"] * 4 + ["shape"] * 3
+    rows = [{"image": image, "caption": "a red star", "foil": "a blue star", "kind": kind} for kind in kinds]
+    true, false = [1.0, 2.0, 0.0, 5.0, 1.0, 1.0, 1.0], [0.0, 1.0, 3.0, 5.0, 2.0, 1.0, 7.0]  # the fourth is a tie
+    batches = iter([true[:5], false[:5], true[5:], false[5:]])  # batches of five: captions, then foils
+
+    class Scores(nn.Module):
+        def forward(self, states):
+            scores = torch.tensor(next(batches))
+            assert states.shape == (len(scores), 32)
+            return torch.stack([-scores, scores], dim=1)
+
+    monkeypatch.setattr(model, "itm_head", Scores())
+    metrics = evaluation.foil_metrics(model, tokenizer, rows, folder, config)
+    assert metrics["color"] == {"accuracy": 50.0, "standard_error": pytest.approx(25.0), "foils": 4}
+    assert metrics["shape"]["accuracy"] == 0 and metrics["shape"]["foils"] == 3
+
+
+# Commands
+
+
+def test_evaluation_repeats_the_figures_at_the_end_of_training(trained, tmp_path):
+    result = run(tmp_path, "eval.py", "pretrain", "--checkpoint", trained.out, *trained.arguments)
+    assert result.status == 0, result.err
+    table = trained.stdout[trained.stdout.index("retrieval, %") : trained.stdout.index("all of it in")]
+    assert table == result.out
+    assert "step 120" in result.err and "seed 42" in result.err
+
+
+def test_masks_of_scenes(trained, tmp_path):
+    target = tmp_path / "sheet.png"
+    result = run(tmp_path, "eval.py", "masks", "--checkpoint", trained.out, "--out", target, *trained.arguments)
+    assert result.status == 0 and result.out.strip() == str(target), result.err
+    rows = json.loads((commands.scenes_folder() / "boxes_test.json").read_text())[:2]
+    words = max(len(row["caption"].split()) for row in rows)
+    with Image.open(target) as sheet:
+        assert sheet.format == "PNG" and sheet.size == ((words + 1) * 196 + 4, 2 * 236 + 4)
+        assert len(sheet.convert("RGB").getcolors(2**20)) > 100
+
+
+@pytest.mark.parametrize("mode, size, name, text, words", [
+    ("RGBA", (40, 90), "tall.png", "A dog, on a SOFA!", 5),
+    ("L", (301, 17), "wide.jpg", "red", 1),
+    ("P", (16, 16), "small.gif", "a large red diamond — ünïcode 狗", 7),
+])  # fmt: skip
+def test_masks_of_an_image_of_ones_own(mode, size, name, text, words, trained, tmp_path):
+    Image.effect_noise(size, 90).convert("RGB").convert(mode).save(tmp_path / name)
+    rendered = set(os.listdir(os.path.join(data.HERE, "data", "scenes")))
+    target = tmp_path / "sheet.png"
+    result = run(tmp_path, "eval.py", "masks", "--checkpoint", os.path.join(trained.out, "checkpoint.pt"), "--image",
+                 tmp_path / name, "--text", text, "--out", target, "data.scenes.seed=9876", "device=cpu")  # fmt: skip
+    assert result.status == 0, result.err
+    assert set(os.listdir(os.path.join(data.HERE, "data", "scenes"))) == rendered  # no scenes are needed
+    with Image.open(target) as sheet:
+        assert sheet.format == "PNG" and sheet.size == ((words + 1) * 196 + 4, 236 + 4)
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["masks", "--image", "photo.jpg"], "--image and --text go together"),
+    (["masks", "--text", "a dog"], "--image and --text go together"),
+    (["masks", "--image", "none.jpg", "--text", "a dog"], "none.jpg: [Errno 2] No such file"),
+    (["masks", "--image", "config.yaml", "--text", "a dog"], "config.yaml: cannot identify image file"),
+    (["masks", "--image", "photo.jpg", "--text", " ... "], "--text ' ... ' has no word"),
+    (["masks", "--out", "none/sheet.png"], "none/sheet.png"),
+    (["pretrain", "data.grounding_boxes=none.json"], "none.json: cannot be read"),
+    (["dream"], "'dream' is none of pretrain, masks"),
+    (["pretrain", "masks"], "'pretrain masks' is none of"),
+    (["pretrain", "model.widht=3"], "model.widht is no setting"),
+    (["pretrain", "--checkpoint", "none"], "none: no such file, and no folder with best.pt or checkpoint.pt"),
+    (["pretrain", "--checkpoint", "config.yaml"], "config.yaml is no checkpoint that can be read safely"),
+])  # fmt: skip
+def test_bad_command_line_is_one_line(arguments, message, trained, tmp_path):
+    result = run(tmp_path, "eval.py", "--checkpoint", trained.out, *trained.arguments, "eval.pictures=1", *arguments)
+    line = [line for line in result.err.splitlines() if line.startswith("error: ")]
+    assert result.status == 2 and len(line) == 1 and message in line[0] and "Traceback" not in result.err, result.err
+
+
+def test_image_that_cannot_be_read_stops_evaluation(trained, tmp_path):
+    rows = json.loads((commands.scenes_folder() / "retrieval_test.json").read_text())
+    rows[4]["image"] = "images/none.jpg"
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    result = run(tmp_path, "eval.py", "pretrain", "--checkpoint", trained.out, *trained.arguments, "num_workers=1",
+                 f"data.retrieval_sets.scenes.test={tmp_path / 'rows.json'}")  # fmt: skip
+    assert "images/none.jpg" in result.err.splitlines()[-1] and "evaluation needs every image" in result.err
+    assert result.status == 2 and "Traceback" not in result.err and result.err.splitlines()[-1].startswith("error: ")

@@ -1,0 +1,603 @@
+"""train.py by its command line: several processes, kill and resume, bad input, the paper's scale."""
+import json
+import math
+import os
+import pathlib
+import random
+import re
+import resource
+import signal
+import subprocess
+import sys
+import types
+
+import pytest
+import torch
+from PIL import Image
+
+import commands
+import data
+import softmask
+import train
+from commands import TINY, Command, read_log, run
+
+TIMES = ("pairs_per_second", "seconds")
+NO_EVALUATION = "data.retrieval_sets.scenes.test=none.json"  # where the training alone is looked at
+PAIR = ["pretrain.batch_size=4", "model.dropout=0.0", NO_EVALUATION]  # 12 steps of two processes with 4 pairs
+
+
+def load(out):
+    return torch.load(os.path.join(out, "checkpoint.pt"), weights_only=True)
+
+
+def log_without_times(out):
+    return [{name: value for name, value in line.items() if name not in TIMES} for line in read_log(out)]
+
+
+def tensors(tree, prefix=""):
+    """{path: tensor} of nested dicts and lists, what is no tensor as it is."""
+    if isinstance(tree, (dict, list)):
+        items = tree.items() if isinstance(tree, dict) else enumerate(tree)
+        return {name: value for key, item in items for name, value in tensors(item, f"{prefix}/{key}").items()}
+    return {prefix: tree}
+
+
+def assert_same_run(out, other):
+    """Weights, twin, queues, optimizer and log are the same to the bit."""
+    one, two = load(out), load(other)
+    assert one["step"] == two["step"] == one["total_steps"]
+    for part in ("model", "optimizer", "seen", "bad_images"):
+        one_part, two_part = tensors(one[part]), tensors(two[part])
+        assert one_part.keys() == two_part.keys()
+        for name, value in one_part.items():
+            same = torch.equal(value, two_part[name]) if isinstance(value, torch.Tensor) else value == two_part[name]
+            assert same, f"{part}{name}"
+    assert log_without_times(out) == log_without_times(other)
+    assert [line["step"] for line in read_log(out)] == list(range(1, one["step"] + 1))
+
+
+def assert_close(one, two, names, tolerance=1e-5):
+    """max|a - b| <= tolerance max|b| for every name."""
+    for name in names:
+        a, b = one[name].double(), two[name].double()
+        assert (a - b).abs().max() <= tolerance * b.abs().max().clamp_min(1e-30), f"{name}: {(a - b).abs().max()}"
+
+
+# Schedule and parameter groups
+
+
+def test_learning_rate_by_hand():
+    task = types.SimpleNamespace(lr=1.0, warmup_lr=0.2, warmup_steps=4, min_lr=0.1)
+    rates = [train.lr_at(step, 12, task) for step in (0, 1, 3, 4, 8, 12)]
+    assert rates == pytest.approx([0.2, 0.4, 0.8, 1.0, 0.55, 0.1])
+    assert train.lr_at(6, 12, task) == pytest.approx(0.1 + 0.9 * (1 + math.sqrt(0.5)) / 2)
+    assert train.lr_at(0, 12, types.SimpleNamespace(lr=1.0, warmup_lr=0.2, warmup_steps=0, min_lr=0.0)) == 1.0
+
+
+def test_weight_decay_spares_biases_norms_embeddings_of_places_and_temperature():
+    config = data.config_to_dict(data.load_config("scenes", TINY))
+    model = softmask.build_pretrain_model(30, config["model"], config["method"])
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    decayed, spared, temp = (
+        {names[id(parameter)] for parameter in group["params"]} for group in train.parameter_groups(model, 0.02)
+    )
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert decayed | spared | temp == trained and len(decayed) + len(spared) + 1 == len(trained)
+    assert not any(name.startswith("encoders_m") for name in trained)
+    assert [group["weight_decay"] for group in train.parameter_groups(model, 0.02)] == [0.02, 0.0, 0.0]
+    assert temp == {"temp"}
+    for name in trained - temp:
+        kept = re.search(r"(bias|pos_embed|cls_token|position\.weight|norm\d?\.weight)$", name)
+        assert (name in spared) == bool(kept), name
+    assert {"encoders.vision.pos_embed", "encoders.text.embeddings.position.weight", "encoders.text_proj.bias"} < spared
+    assert {"encoders.text.embeddings.word.weight", "encoders.vision.patch_embed.weight", "itm_head.weight"} < decayed
+
+
+# A short run, as users type it
+
+
+def test_loss_falls_and_files_are_whole(trained):
+    log = read_log(trained.out)
+    assert [line["step"] for line in log] == [20, 40, 60, 80, 100, 120]
+    assert log[-1]["loss_mlm"] < 0.75 * log[0]["loss_mlm"] and log[-1]["loss"] < log[0]["loss"]
+    assert log[-1]["epoch"] == 10 and log[-1]["bad_images"] == 0 and 0 < log[-1]["mask_mean"] < 1
+    for name in log[0]:
+        assert re.search(rf"\b{name}\b", train.__doc__), f"{name} of log.jsonl is not defined"
+    metrics = json.loads(pathlib.Path(trained.out, "metrics.json").read_text())
+    assert metrics.keys() == {"task", "scale", "seed", "step", "settings", "metrics"}
+    assert (metrics["task"], metrics["scale"], metrics["seed"], metrics["step"]) == ("pretrain", "scenes", 42, 120)
+    assert metrics["metrics"].keys() == {"zero_shot", "reranked", "grounding", "foils"}
+    assert metrics["metrics"]["zero_shot"].keys() >= {"txt_r1", "txt_r5", "txt_r10", "img_r1", "img_r5", "img_r10"}
+    assert data.config_from_dict(metrics["settings"]).pretrain.epochs == 10
+    checkpoint = load(trained.out)  # with weights_only
+    assert {"model", "optimizer", "step", "epoch", "config", "vocab", "versions", "commit"} <= checkpoint.keys()
+    assert checkpoint["model"].keys() >= {"image_queue", "text_queue", "queue_ids", "queue_pointer", "temp"}
+    assert "re-ranked by ITM" in trained.stdout and "Traceback" not in trained.stderr
+    assert not [name for name in os.listdir(trained.out) if name.endswith(".partial")]
+    with Image.open(os.path.join(trained.out, "masks.png")) as sheet:
+        assert sheet.format == "PNG"
+
+
+def test_finished_run_says_so_and_fresh_starts_over(trained, tmp_path):
+    log, temp = pathlib.Path(trained.out, "log.jsonl").read_text(), load(trained.out)["model"]["temp"]
+    again = run(tmp_path, "train.py", "--out", trained.out, *trained.arguments)
+    assert again.status == 0 and "finished:" in again.out and "120 of 120" in again.out
+    assert log == pathlib.Path(trained.out, "log.jsonl").read_text() and temp == load(trained.out)["model"]["temp"]
+    assert trained.stdout[trained.stdout.index("retrieval"):] in again.out  # the same figures
+    out = tmp_path / "out"
+    short = ["train.py", "--out", out, *TINY, NO_EVALUATION, "checkpoint_every_steps=12"]
+    assert run(tmp_path, *short).status == 0
+    first = read_log(out)
+    result = run(tmp_path, *short, "--fresh")
+    assert result.status == 0 and "finished:" not in result.out and "goes on" not in result.out
+    assert len(read_log(out)) == len(first) == 12 and read_log(out)[0] != first[0]  # other times: it did train
+
+
+@pytest.mark.parametrize("settings", [
+    ["method.soft_mask=false", "method.focal_gamma=0", "method.mask_text_for=mlm", "method.distort_brightness=0",
+     "method.distort_contrast=0", "method.distort_blur=0", "method.image_ids=false"],  # ALBEF
+    ["method.soft_mask_negatives=false", "method.distort_hue=0.1", "method.distort_grayscale=0.3",
+     "augment.randaugment_ops=2", "precision=bf16", "pretrain.accumulation=2", "model.dropout=0.1"],
+    ["method.soft_mask=false", "model.fusion_layers=1", "method.queue_size=3"],  # no layer with word attention
+])  # fmt: skip
+def test_other_settings_run(settings, tmp_path):
+    result = run(tmp_path, "train.py", "--out", tmp_path, *TINY, *settings)
+    assert result.status == 0, result.err
+    line = read_log(tmp_path)[-1]
+    assert ("loss_soft_itm" in line) == ("method.soft_mask=false" not in settings)
+    assert all(math.isfinite(value) for value in line.values())
+
+
+# Two processes are one process with two micro-batches
+
+
+@pytest.fixture(scope="module")
+def spied(tmp_path_factory):
+    """States and gradients after each of 3 steps, of every process: by two processes, and by two micro-batches."""
+    folder = tmp_path_factory.mktemp("spied")
+    spy = folder / "spy.py"
+    spy.write_text(
+        "import sys, torch, train\n"
+        "save = train.Run.save\n"
+        "def spy(run, model, optimizer):\n"
+        "    grads = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}\n"
+        "    file = f'{run.out}/{train.evaluation.rank()}-{run.step}.pt'\n"
+        "    torch.save({'model': model.state_dict(), 'grads': grads}, file)\n"
+        "    save(run, model, optimizer)\n"
+        "train.Run.save = spy\n"
+        "sys.exit(train.main(sys.argv[1:]))\n"
+    )
+    arguments = [*TINY, *PAIR, "checkpoint_every_steps=1", "method.queue_size=20", "data.scenes.train=30"]
+    outs = folder / "two", folder / "one"
+    for out, processes, accumulation in zip(outs, (2, 1), (1, 2)):
+        accumulate = f"pretrain.accumulation={accumulation}"
+        result = run(folder, spy, "--out", out, *arguments, accumulate, processes=processes)
+        assert result.status in (0, [0, 0]), result.err
+    return outs
+
+
+def test_two_processes_have_the_gradients_of_two_micro_batches(spied):
+    two, one = spied
+    for step in (1, 2, 3):
+        first, second = (torch.load(two / f"{rank}-{step}.pt") for rank in (0, 1))
+        alone = torch.load(one / f"0-{step}.pt")
+        for part in ("model", "grads"):  # among the model: queues and their pointer
+            assert all(torch.equal(value, second[part][name]) for name, value in first[part].items())
+        # The key's bias cancels in the softmax: its gradient is rounding noise, which Adam blows up to whole steps.
+        grads = [name for name in alone["grads"] if not name.endswith("key.bias")]
+        assert_close(first["grads"], alone["grads"], grads)
+        states = [name for name in alone["model"] if not name.endswith("key.bias")]
+        assert_close(first["model"], alone["model"], states, 1e-5 if step == 1 else 1e-4)
+        assert first["model"]["queue_pointer"] == 8 * step % 7
+    assert_close(*({name: torch.tensor(value) for name, value in read_log(out)[-1].items()} for out in spied),
+                 [name for name in read_log(one)[-1] if name not in TIMES])  # fmt: skip
+
+
+def test_torchrun_equals_one_process_with_two_micro_batches(tmp_path):
+    two, one = str(tmp_path / "two"), str(tmp_path / "one")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "train.py"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    arguments = [*TINY, *PAIR, "pretrain.lr=1e-4"]
+    result = subprocess.run([*command, "--out", two, *arguments], cwd=data.HERE, env=environment, capture_output=True,
+                            text=True, timeout=200)  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert "Warning" not in result.stderr
+    assert run(tmp_path, "train.py", "--out", one, *arguments, "pretrain.accumulation=2").status == 0
+    for line, other in zip(log_without_times(two), log_without_times(one), strict=True):
+        assert line == pytest.approx(other, rel=1e-4)
+
+
+# Killed and resumed
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """12 steps, dropout on, in one process without loader workers: the folder."""
+    out = tmp_path_factory.mktemp("uninterrupted")
+    assert run(out, "train.py", "--out", out, *TINY, NO_EVALUATION, "model.dropout=0.1").status == 0
+    return out
+
+
+def kill_at_lines(out, arguments, lines, processes=1):
+    """Run the same command again and again, killed as soon as the log has so many lines, and at last to its end."""
+    for count in lines:
+        command = Command(out, "train.py", "--out", out, *arguments, processes=processes)
+        command.kill_when(lambda: len(read_log(out)) >= count)
+    return run(out, "train.py", "--out", out, *arguments, processes=processes)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_killed_again_and_again(workers, uninterrupted, tmp_path):
+    lines = sorted(random.Random(workers).sample(range(2, 12), 3))
+    arguments = [*TINY, NO_EVALUATION, "model.dropout=0.1", f"num_workers={workers}"]
+    result = kill_at_lines(tmp_path, arguments, lines)
+    assert result.status == 0 and "goes on from step" in result.out, result.err
+    assert_same_run(tmp_path, uninterrupted)
+
+
+def test_two_processes_killed(tmp_path):
+    arguments = [*TINY, NO_EVALUATION, "pretrain.batch_size=4", "model.dropout=0.1"]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    killed.mkdir()
+    assert run(tmp_path, "train.py", "--out", whole, *arguments, processes=2).status == [0, 0]
+    result = kill_at_lines(killed, arguments, [2, 8], processes=2)
+    assert result.status == [0, 0], result.err
+    assert_same_run(killed, whole)
+
+
+@pytest.mark.parametrize("moment", ["fsync", "replace"])
+def test_killed_while_a_checkpoint_is_written(moment, uninterrupted, tmp_path):
+    arguments = ["--out", tmp_path, *TINY, NO_EVALUATION, "model.dropout=0.1"]
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import os, signal, sys, train\n"
+        "calls = []\n"
+        "def die(*arguments):\n"
+        "    calls.append(arguments) or len(calls) == 2 and os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return whole(*arguments)\n"
+        f"whole, os.{moment} = os.{moment}, die\n"
+        "train.main(sys.argv[1:])\n"
+    )
+    assert run(tmp_path, program, *arguments).status == -signal.SIGKILL
+    assert load(tmp_path)["step"] == 3 and len(read_log(tmp_path)) == 6  # the second checkpoint, of step 6, was lost
+    with open(tmp_path / "log.jsonl", "a") as file:
+        file.write('{"step": 7, "ep')  # and a line cut short
+    result = run(tmp_path, "train.py", *arguments)
+    assert result.status == 0 and "goes on from step 3 of 12" in result.out, result.err
+    assert_same_run(tmp_path, uninterrupted)
+
+
+# Resumption that cannot be, starts from elsewhere
+
+
+@pytest.mark.parametrize("change, named", [
+    (["method.focal_gamma=1.0"], "method.focal_gamma: 2.0 then, 1.0 now"),
+    (["model.dropout=0.1", "pretrain.epochs=2"], "pretrain.epochs: 1 then, 2 now"),
+    (["pretrain.batch_size=4", "pretrain.accumulation=2"], "pretrain.batch_size: 8 then, 4 now"),  # other contrast
+    (["pretrain.accumulation=2"], "pairs a step: 8 then, 16 now"),
+    (["data.scenes.seed=6"], "data.scenes.seed: 5 then, 6 now"),
+    (["seed=1"], "seed: 42 then, 1 now"),
+])  # fmt: skip
+def test_resumption_under_changed_settings_is_refused(change, named, finished, tmp_path):
+    result = run(tmp_path, "train.py", "--out", finished, *TINY, NO_EVALUATION, *change)
+    assert named in result.error and "--fresh" in result.error and str(finished) in result.error
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """12 steps: the folder."""
+    out = tmp_path_factory.mktemp("finished")
+    assert run(out, "train.py", "--out", out, *TINY, NO_EVALUATION).status == 0
+    return out
+
+
+def test_resumption_with_other_files_is_refused(tmp_path):
+    folder, out = commands.scenes_folder(), tmp_path / "out"
+    rows, words = json.loads((folder / "pretrain.json").read_text()), (folder / "vocab.txt").read_text().split()
+    file, vocabulary = tmp_path / "pretrain.json", tmp_path / "vocab.txt"
+    command = ["train.py", "--out", out, *TINY, NO_EVALUATION]
+    command += [f"data.pretrain_files=[{file}]", f"data.tokenizer={vocabulary}"]
+    file.write_text(json.dumps(rows[:16]))
+    vocabulary.write_text("\n".join(words))
+    assert run(tmp_path, *command).status == 0
+    file.write_text(json.dumps(rows[:32]))
+    assert "steps, from the number of records: 2 then, 4 now" in run(tmp_path, *command).error
+    file.write_text(json.dumps(rows[:16]))
+    vocabulary.write_text("\n".join(words[:-2] + words[:-3:-1]))
+    assert "entries of the tokenizer" in run(tmp_path, *command).error
+
+
+def test_free_settings_may_change_and_processes_stand_in_for_accumulation(tmp_path):
+    arguments = ["train.py", "--out", tmp_path, *TINY, *PAIR]
+    command = Command(tmp_path, *arguments, "pretrain.accumulation=2")
+    command.kill_when(lambda: len(read_log(tmp_path)) == 5)
+    result = run(tmp_path, *arguments, "num_workers=1", "checkpoint_every_steps=2", "eval.top_k=3", processes=2)
+    assert result.status == [0, 0] and "goes on from step 3" in result.out, result.err
+    assert [line["step"] for line in read_log(tmp_path)] == list(range(1, 13))
+
+
+def test_start_from_another_run_at_another_image_size(finished, tmp_path):
+    start = os.path.join(finished, "checkpoint.pt")
+    program = tmp_path / "program.py"  # looks at the model before its first step
+    program.write_text(
+        "import sys, torch, train\n"
+        "def look(model, *rest):\n"
+        f"    torch.save(model.state_dict(), {str(tmp_path / 'state.pt')!r})\n"
+        "    raise ValueError('enough')\n"
+        "train.train = look\n"
+        "train.main(sys.argv[1:])\n"
+    )
+    size = ["model.image_size=48", "seed=7"]
+    run(tmp_path, program, "--start", finished, "--out", tmp_path / "look", *TINY, *size)
+    old, new = load(finished)["model"], torch.load(tmp_path / "state.pt")
+    for name, value in new.items():
+        if name.endswith("vision.pos_embed"):
+            assert torch.equal(value, softmask.resize_pos_embed(old[name], 6)) and value.shape[1] == 37
+        elif name in ("image_queue", "text_queue", "queue_ids"):
+            assert not torch.equal(value, old[name]), name
+        else:
+            assert torch.equal(value, old[name]), name  # the twin's own, too
+    assert new["queue_pointer"] == 0 and (new["queue_ids"] == -100).all()
+    assert not torch.equal(new["encoders_m.text_proj.weight"], new["encoders.text_proj.weight"])
+    result = run(tmp_path, "train.py", "--start", start, "--out", tmp_path / "out", *TINY, NO_EVALUATION, *size)
+    assert result.status == 0 and f"starts from {start}" in result.out, result.err
+    again = run(tmp_path, "train.py", "--out", tmp_path / "out", *TINY, NO_EVALUATION, *size)
+    assert "pretrain.start" in again.error
+
+
+def test_second_run_in_a_folder_is_refused(tmp_path):
+    arguments = ["train.py", "--out", tmp_path, *TINY, NO_EVALUATION, "pretrain.epochs=50"]
+    first = Command(tmp_path, *arguments)
+    while not read_log(tmp_path):
+        assert first.processes[0].is_alive(), first.result()
+    second = run(tmp_path, *arguments, "--fresh")
+    assert first.processes[0].is_alive()
+    first.kill()
+    assert "another run is at work in" in second.error and str(tmp_path) in second.error
+    assert read_log(tmp_path)  # --fresh took nothing away
+
+
+# Bad input
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["model.widht=3"], "model.widht is no setting"),
+    (["pretrain.batch_size=many"], "pretrain.batch_size: wanted int, got 'many'"),
+    (["log_every_steps=2"], "checkpoint_every_steps (3) must be a multiple of log_every_steps (2)"),
+    (["pretrain.batch_size=500"], "96 records are fewer than the 500 of one step"),
+    (["pretrain", "retrieve"], "task 'pretrain retrieve' is none of pretrain"),
+    (["dream"], "task 'dream' is none of pretrain"),
+    (["--scale", "moon"], "scale 'moon' is not in"),
+    (["data.pretrain_files=[none.json]"], "none.json: cannot be read (No such file or directory)"),
+    (["data.tokenizer=none/vocab.txt"], "tokenizer 'none/vocab.txt': no such file"),
+    (["data.tokenizer=config.yaml"], "config.yaml is no BERT vocabulary"),
+    (["--start", "none.pt"], "none.pt: no such file"),
+    (["--start", "config.yaml"], "config.yaml is no checkpoint that can be read safely"),
+    (["model.vision_weights=config.yaml"], "config.yaml is no checkpoint that can be read safely"),
+    (["model.text_weights=none.safetensors"], "none.safetensors"),
+    (["--out", "config.yaml"], "config.yaml"),
+])  # fmt: skip
+def test_bad_command_line_is_one_line(arguments, message, tmp_path):
+    result = run(tmp_path, "train.py", "--out", tmp_path, *TINY, *arguments)
+    assert message in result.error
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
+def test_missing_gpu_is_one_line(tmp_path):
+    result = run(tmp_path, "train.py", "--out", tmp_path, *TINY, "device=cuda")
+    assert "torch finds no GPU" in result.error
+
+
+def test_checkpoint_of_another_shape_is_one_line(finished, tmp_path):
+    result = run(tmp_path, "train.py", "--start", finished, "--out", tmp_path, *TINY, "model.embed_dim=12")
+    assert str(finished) in result.error and "encoders.image_proj.weight has shape (16, 32)" in result.error
+    result = run(tmp_path, "train.py", "--start", finished, "--out", tmp_path, *TINY, "model.vision_layers=3")
+    assert "encoders.vision.blocks.2.norm1.weight is missing" in result.error
+
+
+def test_broken_checkpoint_of_the_run_is_one_line(finished, tmp_path):
+    whole = (finished / "checkpoint.pt").read_bytes()
+    for content in (whole[:1000], b"", b"no checkpoint"):
+        (tmp_path / "checkpoint.pt").write_bytes(content)
+        result = run(tmp_path, "train.py", "--out", tmp_path, *TINY)
+        assert "checkpoint.pt is no checkpoint that can be read safely" in result.error
+
+
+def test_loss_that_is_not_finite_stops_the_run(tmp_path):
+    result = run(tmp_path, "train.py", "--out", tmp_path, *TINY, "pretrain.lr=1e30", "pretrain.clip_norm=0")
+    assert "gradient no longer finite in step 3" in result.error and "checkpoint.pt" in result.error
+    assert len(read_log(tmp_path)) == 2
+    assert all(math.isfinite(value) for line in read_log(tmp_path) for value in line.values())
+
+
+@pytest.fixture
+def own_files(tmp_path):
+    """48 pairs of one's own, among them a missing image, a broken one and an empty caption: settings, rows, folder."""
+    folder, root = commands.scenes_folder(), tmp_path / "images"
+    root.mkdir()
+    rows = json.loads((folder / "pretrain.json").read_text())[:48]
+    for number, row in enumerate(rows):
+        content = (folder / row["image"]).read_bytes()
+        row["image"] = f"{number}.jpg"
+        (root / row["image"]).write_bytes(content[: len(content) // 2] if number == 5 else content)
+    (root / "9.jpg").unlink()
+    rows[20]["caption"] = ["", " ... "]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    settings = [*TINY, f"data.pretrain_files=[{tmp_path / 'rows.json'}]", f"data.pretrain_image_root={root}"]
+    return [*settings, NO_EVALUATION, "pretrain.batch_size=4"], rows, root
+
+
+def test_bad_records_are_replaced_counted_and_named(own_files, tmp_path):
+    settings, _, _ = own_files
+    totals = []
+    for name, processes, accumulation in (("one", 1, 2), ("two", 2, 1)):
+        out = tmp_path / name
+        more = [f"pretrain.accumulation={accumulation}", "max_bad_image_share=0.5", f"num_workers={accumulation - 1}"]
+        result = run(tmp_path, "train.py", "--out", out, *settings, *more, processes=processes)
+        assert result.status in (0, [0, 0]), result.err
+        named = re.findall(r"bad record, replaced by another: (\S+): (.*)", result.err)
+        reasons = dict(named)
+        assert reasons.keys() == {"5.jpg", "9.jpg", "20.jpg"} and reasons["20.jpg"] == "empty caption"
+        assert "No such file" in reasons["9.jpg"] and "truncated" in reasons["5.jpg"].lower()
+        assert read_log(out)[-1]["bad_images"] == len(named)
+        totals.append([line["bad_images"] for line in read_log(out)])
+    assert totals[0] == totals[1]
+
+
+def test_too_many_bad_records_stop_the_run(own_files, tmp_path):
+    settings, rows, root = own_files
+    for number in range(0, 48, 2):
+        (root / f"{number}.jpg").unlink()
+    result = run(tmp_path, "train.py", "--out", tmp_path / "out", *settings, "max_bad_image_share=0.2")
+    assert "records were bad, more than max_bad_image_share 0.2" in result.error
+    result = run(tmp_path, "train.py", "--out", tmp_path / "out", *settings, "max_bad_image_share=0.0")
+    assert re.match(r"\d of 4 records were bad, more than max_bad_image_share 0.0", result.error)
+    for path in root.iterdir():
+        path.unlink()
+    result = run(tmp_path, "train.py", "--out", tmp_path / "out", *settings, "num_workers=1")  # raised in the worker
+    assert result.error.startswith("20 records in a row are bad, the last '")
+    assert ".jpg" in result.error and "No such file" in result.error
+
+
+def test_torchrun_ends_when_one_process_fails(own_files, tmp_path):
+    settings, rows, root = own_files
+    sampler = data.ShuffledBatches(len(rows), 4, 2, 1, 1, 42, 2)
+    _, index = next(iter(sampler))[0]  # read by process 1 alone, in the third step
+    for number in (5, 9, 20, index):
+        (root / f"{number}.jpg").write_bytes((commands.scenes_folder() / "images/train/00000.jpg").read_bytes())
+        rows[number]["caption"] = rows[0]["caption"]
+    (root / f"{index}.jpg").unlink()
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "train.py"]
+    result = subprocess.run(
+        [*command, "--out", str(tmp_path / "out"), *settings, "max_bad_image_share=0.0"], cwd=data.HERE,
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=100,
+    )  # fmt: skip
+    assert result.returncode != 0
+    assert "error: 1 of 24 records were bad" in result.stderr, result.stderr
+    assert len(read_log(tmp_path / "out")) == 2
+
+
+def test_check_counts_and_names_what_is_missing(own_files, tmp_path):
+    result = run(tmp_path, "train.py", "check", "pretrain", *TINY)
+    assert result.status == 0 and "pretrain.json: 96 records; 0 of 96 images missing" in result.out
+    assert "retrieval_test.json: 13 records" in result.out and "0 are empty" in result.out
+    settings = [setting for setting in own_files[0] if setting != NO_EVALUATION]
+    result = run(tmp_path, "train.py", "check", "pretrain", *settings)
+    assert result.status == 1 and "rows.json: 48 records; 1 of 48 images missing" in result.out
+    assert f"missing: {own_files[2] / '9.jpg'}" in result.out and "2 are empty" in result.out
+    result = run(tmp_path, "train.py", "check", *TINY, NO_EVALUATION)
+    assert result.status == 1 and "none.json: cannot be read" in result.out
+    assert not os.path.exists(tmp_path / "out")
+
+
+# The paper's scale
+
+
+def normal(*shape):
+    return torch.empty(shape).normal_(std=0.02)
+
+
+def affine(name, out_features, in_features=None):
+    """Weight and bias; without in_features those of a norm."""
+    weight = torch.ones(out_features) if in_features is None else normal(out_features, in_features)
+    return {f"{name}.weight": weight, f"{name}.bias": torch.zeros(out_features)}
+
+
+def deit_state(patches):
+    """Names and shapes of DeiT-B/16 (and of ALBEF's visual encoder)."""
+    state = {"cls_token": normal(1, 1, 768), "pos_embed": normal(1, 1 + patches, 768)}
+    state |= {"patch_embed.proj.weight": normal(768, 3, 16, 16), "patch_embed.proj.bias": torch.zeros(768)}
+    for i in range(12):
+        block = f"blocks.{i}."
+        state |= affine(block + "norm1", 768) | affine(block + "norm2", 768)
+        state |= affine(block + "attn.qkv", 2304, 768) | affine(block + "attn.proj", 768, 768)
+        state |= affine(block + "mlp.fc1", 3072, 768) | affine(block + "mlp.fc2", 768, 3072)
+    return state | affine("norm", 768)
+
+
+def bert_state(cross_from=12):
+    """Names and shapes of bert-base-uncased with its MLM head, and with cross-attention from a layer on."""
+    state = {f"bert.embeddings.{name}_embeddings.weight": normal(rows, 768)
+             for name, rows in (("word", 30522), ("position", 512), ("token_type", 2))}  # fmt: skip
+    state |= affine("bert.embeddings.LayerNorm", 768)
+    for i in range(12):
+        layer = f"bert.encoder.layer.{i}."
+        for attention in ("attention", "crossattention")[: 1 + (i >= cross_from)]:
+            for part in ("self.query", "self.key", "self.value", "output.dense"):
+                state |= affine(f"{layer}{attention}.{part}", 768, 768)
+            state |= affine(f"{layer}{attention}.output.LayerNorm", 768)
+        state |= affine(layer + "intermediate.dense", 3072, 768) | affine(layer + "output.dense", 768, 3072)
+        state |= affine(layer + "output.LayerNorm", 768)
+    state |= affine("cls.predictions.transform.dense", 768, 768) | affine("cls.predictions.transform.LayerNorm", 768)
+    return state | {"cls.predictions.bias": torch.zeros(30522)}
+
+
+def albef_state():
+    """Names and shapes of ALBEF.pth: the model, its momentum twin, queues."""
+    bert = bert_state(cross_from=6)
+    bert |= {"cls.predictions.decoder.weight": bert["bert.embeddings.word_embeddings.weight"],
+             "cls.predictions.decoder.bias": torch.zeros(30522),
+             "bert.embeddings.position_ids": torch.arange(512)[None]}  # fmt: skip
+    state = {"temp": torch.tensor(0.07), "image_queue": normal(256, 65536), "text_queue": normal(256, 65536),
+             "queue_ptr": torch.zeros(1, dtype=torch.int64)} | affine("itm_head", 2, 768)  # fmt: skip
+    for twin in ("", "_m"):
+        state |= {f"visual_encoder{twin}.{name}": value for name, value in deit_state(256).items()}
+        state |= {f"text_encoder{twin}.{name}": value for name, value in bert.items()}
+        state |= affine(f"vision_proj{twin}", 256, 768) | affine(f"text_proj{twin}", 256, 768)
+    return state
+
+
+@pytest.fixture(scope="module")
+def paper_files(tmp_path_factory):
+    """Settings of scale paper on generated files: four images, a vocabulary of BERT's size, DeiT's and BERT's weights."""
+    from safetensors.torch import save_file
+
+    folder = tmp_path_factory.mktemp("paper")
+    captions = ["A man rides a horse.", ["Two dogs on a red sofa", "dogs"], "an old street, at night", ["sea / sky"]]
+    for number, size in enumerate([(64, 48), (40, 70), (30, 30), (300, 200)]):
+        Image.effect_noise(size, 80).convert("RGB").save(folder / f"{number}.jpg")
+    rows = [{"image": f"{number}.jpg", "caption": caption} for number, caption in enumerate(captions)]
+    (folder / "pretrain.json").write_text(json.dumps(rows))
+    texts = [[caption] if isinstance(caption, str) else caption for caption in captions]
+    eval_rows = [row | {"caption": row_texts} for row, row_texts in zip(rows, texts)]
+    (folder / "test.json").write_text(json.dumps(eval_rows))
+    words = sorted(set(softmask.clean_caption(" ".join(sum(texts, [])), 100).split()))
+    vocabulary = [f"[unused{number}]" for number in range(30522)]
+    for position, entry in {0: "[PAD]", 100: "[UNK]", 101: "[CLS]", 102: "[SEP]", 103: "[MASK]"}.items():
+        vocabulary[position] = entry
+    vocabulary[2000 : 2000 + len(words)] = words
+    (folder / "vocab.txt").write_text("\n".join(vocabulary) + "\n")
+    torch.save({"model": deit_state(196) | affine("head", 1000, 768)}, folder / "deit.pth")
+    bert = bert_state() | affine("bert.pooler.dense", 768, 768) | affine("cls.seq_relationship", 2, 768)
+    names = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
+    save_file({re.sub("|".join(names), lambda old: names[old[0]], key): value for key, value in bert.items()},
+              folder / "bert.safetensors")  # fmt: skip
+    coco = f"{{image_root: {folder}, train: none, val: none, test: {folder / 'test.json'}}}"
+    return folder, [
+        f"data.pretrain_files=[{folder / 'pretrain.json'}]", f"data.pretrain_image_root={folder}",
+        f"data.tokenizer={folder / 'vocab.txt'}", f"data.retrieval_sets.coco={coco}", "num_workers=1",
+        f"model.vision_weights={folder / 'deit.pth'}", f"model.text_weights={folder / 'bert.safetensors'}",
+        "pretrain.batch_size=2", "pretrain.epochs=1", "log_every_steps=1",
+    ]  # fmt: skip
+
+
+@pytest.mark.skipif(not os.environ.get("PAPER_SCALE"), reason="4 minutes, 6 GB: PAPER_SCALE=1 pytest -k paper_scale")
+@pytest.mark.parametrize("start", ["deit and bert", "albef"])
+def test_paper_scale_takes_two_steps(start, paper_files, tmp_path):
+    folder, settings = paper_files
+    arguments = ["train.py", "--scale", "paper", "--out", str(tmp_path), *settings]
+    if start == "albef":
+        torch.save({"model": albef_state()}, folder / "ALBEF.pth")
+        arguments += ["--start", str(folder / "ALBEF.pth")]
+    result = subprocess.run([sys.executable, *arguments], cwd=data.HERE, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    print(result.stdout, "peak memory, GB:", resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20)
+    assert [line["step"] for line in read_log(tmp_path)] == [1, 2]
+    assert all(math.isfinite(value) for line in read_log(tmp_path) for value in line.values())
+    checkpoint = load(tmp_path)
+    assert checkpoint["model"]["encoders.text.embeddings.word.weight"].shape == (30522, 768)
+    assert checkpoint["model"]["image_queue"].shape == (1, 256)  # 65,536, but at most a quarter of the images
+    assert checkpoint["model"]["encoders.vision.pos_embed"].shape == (1, 257, 768)
+    assert ("starts from" in result.stdout) and ("fresh: cross-attention" in result.stdout) == (start != "albef")
+    assert "re-ranked by ITM" in result.stdout
