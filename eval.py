@@ -47,6 +47,24 @@ def resolve_device(config) -> torch.device:
     return torch.device(name, int(os.environ.get("LOCAL_RANK", 0))) if name == "cuda" else torch.device(name)
 
 
+def join_processes(config):
+    """Start the process group where torchrun started this process."""
+    if "RANK" in os.environ:
+        device = resolve_device(config)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+
+
+def with_scenes(config):
+    """data.resolve_scenes, by process 0 first, which renders them for all."""
+    if rank() == 0:
+        data.resolve_scenes(config)
+    if world_size() > 1:
+        dist.barrier()
+    return data.resolve_scenes(config)
+
+
 def autocast(config, device):
     """bf16 autocast where precision asks for it."""
     return torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
@@ -191,8 +209,6 @@ def grounding_metrics(model, tokenizer, rows, image_root, side, config):
     objects (their number), and ratio: hit_own / hit_other.
     """
     encoders, device = model.encoders, model.temp.device
-    layers = len(encoders.fusion.layers)
-    layer = (layers - 1) // 2 if model.attention_layer is None else model.attention_layer
     grid, results = encoders.vision.grid, []
     for batch, images, (tokens,) in pair_batches(rows, image_root, tokenizer, config, device, ["caption"]):
         with autocast(config, device), torch.enable_grad():
@@ -200,7 +216,7 @@ def grounding_metrics(model, tokenizer, rows, image_root, side, config):
                 image_embeds = encoders.encode_image(images)
                 text_embeds = encoders.encode_text(tokens["input_ids"], tokens["attention_mask"])
             keys_values = encoders.image_keys_values(image_embeds)
-            fused, attention = encoders.fuse(text_embeds, tokens["attention_mask"], keys_values, attention_layer=layer)
+            fused, attention = encoders.fuse(text_embeds, tokens["attention_mask"], keys_values, attention_layer=model.attention_layer)
             cam = softmask.word_attention(attention, model.itm_head(fused[:, 0])[:, 1].float()).cpu()
         for row, row_cam, word_ids in zip(batch, cam, tokens["word_ids"].cpu()):
             boxes = [np.array(item["box"]) / side for item in row["objects"]]
@@ -350,11 +366,11 @@ def draw_masks(model, tokenizer, pairs, config, path, side=192):
 # The command line
 
 
-def load(path, config_device, overrides=()):
-    """Model, tokenizer and settings of a checkpoint that train.py wrote, and a line that says what it is."""
+def load(path, device):
+    """A checkpoint that train.py wrote as softmask.Pretrained and as a dict; prints a line that says what it is."""
     path = softmask.checkpoint_path(path)
     checkpoint = softmask.read_checkpoint(path)
-    api = softmask.from_pretrained(path, config_device)
+    api = softmask.from_pretrained(path, device)
     files = ", ".join(checkpoint["config"]["data"]["pretrain_files"])
     print(
         f"{path}: {checkpoint['task']}, step {checkpoint['step']}, epoch {checkpoint['epoch']:.1f}, "
@@ -380,14 +396,9 @@ def main(arguments):
     if rest or task not in ("pretrain", "masks"):
         raise data.InputError(f"{' '.join([task, *rest])!r} is none of pretrain, masks")
     config = data.load_config(options.scale, overrides)
-    if "RANK" in os.environ:
-        dist.init_process_group("nccl" if resolve_device(config).type == "cuda" else "gloo")
+    join_processes(config)
     if task != "masks" or options.image is None:  # one's own image needs no scenes
-        if rank() == 0:
-            data.resolve_scenes(config)
-        if world_size() > 1:
-            dist.barrier()
-        config = data.resolve_scenes(config)
+        config = with_scenes(config)
     path = options.checkpoint or os.path.join("out", options.scale, "pretrain")
     api, checkpoint = load(path, resolve_device(config))
     # the weights fix the model; the command line the data and how to evaluate

@@ -155,7 +155,7 @@ class VisionTransformer(nn.Module):
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.grid**2, width))
         self.blocks = nn.ModuleList(VisionBlock(width, num_heads) for _ in range(num_layers))
         self.norm = nn.LayerNorm(width, eps=1e-6)
-        self.apply(functools.partial(init_weights, width=width))
+        self.apply(functools.partial(init_weights, std=width**-0.5))
         nn.init.trunc_normal_(self.cls_token, std=0.02)
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
 
@@ -183,14 +183,14 @@ def resize_pos_embed(pos_embed, grid: int):
     return torch.cat([cls, patches.flatten(2).transpose(1, 2).to(cls.dtype)], dim=1)
 
 
-def init_weights(module, width: int):
-    """Fresh linear, convolution and embedding weights of a model of that width: biases 0, the others normal.
+def init_weights(module, std: float):
+    """Fresh weights: linear, convolution and embedding weights from N(0, std), biases 0. [ALBEF] has 0.02 at width 768
 
-    Standard deviation 0.02 at width 768, as BERT and DeiT start [ALBEF], in inverse proportion to the root of the width
-    [ours]: with 0.02 at width 128 the first 200 steps on the scenes teach nothing.
+    Text layers take 0.02 * (768 / width)^0.5, the ViT width^-0.5 [ours]: narrow models with 0.02 learn nothing for
+    hundreds of steps, and shapes not at all; at full size the ViT starts from DeiT.
     """
     if isinstance(module, (nn.Linear, nn.Conv2d, nn.Embedding)):
-        nn.init.trunc_normal_(module.weight, std=0.02 * math.sqrt(768 / width))
+        nn.init.trunc_normal_(module.weight, std=std)
     if isinstance(module, (nn.Linear, nn.Conv2d)):
         nn.init.zeros_(module.bias)
 
@@ -252,7 +252,7 @@ class TextEncoder(nn.Module):
         })
         self.dropout = nn.Dropout(dropout)
         self.layers = nn.ModuleList(TextLayer(width, num_heads, dropout) for _ in range(num_layers))
-        self.apply(functools.partial(init_weights, width=width))
+        self.apply(functools.partial(init_weights, std=0.02 * math.sqrt(768 / width)))
 
     def forward(self, input_ids, attention_mask):
         positions = self.embeddings["position"].weight[: input_ids.shape[1]]
@@ -275,7 +275,7 @@ class FusionEncoder(nn.Module):
     def __init__(self, width: int, image_width: int, num_layers: int, num_heads: int, dropout: float):
         super().__init__()
         self.layers = nn.ModuleList(TextLayer(width, num_heads, dropout, image_width) for _ in range(num_layers))
-        self.apply(functools.partial(init_weights, width=width))
+        self.apply(functools.partial(init_weights, std=0.02 * math.sqrt(768 / width)))
 
     def keys_values(self, image_embeds):
         """Per fusion layer the keys and values, each (I, H, 1 + N, D / H), of image_embeds (I, 1 + N, D)."""
@@ -323,7 +323,7 @@ class MlmHead(nn.Module):
         self.dense = nn.Linear(width, width)
         self.norm = nn.LayerNorm(width, eps=1e-12)
         self.bias = nn.Parameter(torch.zeros(vocab_size))
-        self.apply(functools.partial(init_weights, width=width))
+        self.apply(functools.partial(init_weights, std=0.02 * math.sqrt(768 / width)))
 
     def forward(self, states, word_embeddings):
         """states (..., D), word_embeddings (V, D); returns logits (..., V)."""
@@ -514,8 +514,8 @@ def itm_accuracy(logits, labels):
 # Word attention and soft mask
 
 
-def check_attention_layer(layer: int, fusion_layers: int) -> int:
-    """The fusion layer whose attention is read, from 0; ValueError for one that cannot tell words apart.
+def check_attention_layer(layer: int, fusion_layers: int):
+    """ValueError for a fusion layer, from 0, whose attention cannot tell words apart.
 
     The match score reads [CLS] alone, so in the last layer the gradient of every word's row is exactly zero.
     """
@@ -524,7 +524,6 @@ def check_attention_layer(layer: int, fusion_layers: int) -> int:
             f"attention_layer {layer} gives no word attention: of {fusion_layers} fusion layers, numbered from 0, "
             f"only those before the last reach the match score through a word's row; take 0 to {fusion_layers - 2}"
         )
-    return layer
 
 
 def word_attention(attention, match_logit):
@@ -597,11 +596,9 @@ class PretrainModel(nn.Module):
     ):
         super().__init__()
         fusion_layers = len(encoders.fusion.layers)
+        self.attention_layer = (fusion_layers - 1) // 2 if attention_layer is None else attention_layer
         if soft_mask:
-            layer = (fusion_layers - 1) // 2 if attention_layer is None else attention_layer
-            self.attention_layer = check_attention_layer(layer, fusion_layers)
-        else:
-            self.attention_layer = None
+            check_attention_layer(self.attention_layer, fusion_layers)
         if mask_text_for not in ("all", "mlm"):
             raise ValueError(f'mask_text_for is {mask_text_for!r}, must be "all" or "mlm"')
         self.momentum = momentum
@@ -681,7 +678,8 @@ class PretrainModel(nn.Module):
 
         # Multi-modal encoder on the positive pairs
         keys_values = all_keys_values = student.image_keys_values(image_embeds)
-        fused, attention = student.fuse(text_embeds, attention_mask, keys_values, attention_layer=self.attention_layer)
+        attention_layer = self.attention_layer if self.soft_mask else None
+        fused, attention = student.fuse(text_embeds, attention_mask, keys_values, attention_layer=attention_layer)
         match_logits = self.itm_head(fused[:, 0])  # (B, 2)
 
         # ITM: each text with a hard negative image, each image with a hard negative text
@@ -1180,9 +1178,8 @@ class Pretrained:
 
         attention_layer: fusion layer, from 0; None: the one of pre-training.
         """
-        layers = len(self.model.encoders.fusion.layers)
-        layer = (layers - 1) // 2 if self.model.attention_layer is None else self.model.attention_layer
-        layer = check_attention_layer(layer if attention_layer is None else attention_layer, layers)
+        layer = self.model.attention_layer if attention_layer is None else attention_layer
+        check_attention_layer(layer, len(self.model.encoders.fusion.layers))
         image, tokens = self.inputs(image, text)
         with torch.enable_grad():
             logits, attention = self.match_pass(image, tokens, layer)

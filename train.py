@@ -180,7 +180,7 @@ class Run:
             with open(log, encoding="utf-8") as file:
                 lines = [line for line in file if line.endswith("\n") and json.loads(line)["step"] <= self.step]
             data.write_atomically(log, "".join(lines).encode())
-        if self.step == self.total_steps:
+        if found and self.step == self.total_steps:
             say(f"finished: {self.checkpoint_file} is at step {self.step} of {self.total_steps}; --fresh starts over")
         elif found:
             say(f"goes on from step {self.step} of {self.total_steps} in {self.checkpoint_file}")
@@ -381,6 +381,8 @@ def pretrain(config, settings, out):
         with contextlib.closing(run):
             train(model, optimizer, loader, config, task, run)
         del loader
+    elif run.total_steps == 0:  # epochs=0: the start as it is, evaluated and in our format
+        run.save(model, optimizer)
     metrics = evaluation.evaluate_pretrained(model, tokenizer, config, out)
     return run.step, metrics
 
@@ -430,14 +432,8 @@ def parse(arguments):
 def main(arguments):
     options = parse(arguments)
     config = options.config
-    if "RANK" in os.environ:  # started by torchrun
-        cuda = evaluation.resolve_device(config).type == "cuda"
-        dist.init_process_group("nccl" if cuda else "gloo")
-    if evaluation.rank() == 0:
-        data.resolve_scenes(config)  # rendered once; the others find them
-    if evaluation.world_size() > 1:
-        dist.barrier()
-    config = data.resolve_scenes(config)
+    evaluation.join_processes(config)
+    config = evaluation.with_scenes(config)
     if options.check:
         return 0 if data.check(config, options.task) else 1
     os.makedirs(options.out, exist_ok=True)

@@ -837,7 +837,7 @@ def test_attention_layer_default():
     assert make_model(attention_layer=0).attention_layer == 0
     with pytest.raises(ValueError, match="attention_layer"):
         make_model(sizes={"fusion_layers": 1})
-    assert make_model(sizes={"fusion_layers": 1}, soft_mask=False).attention_layer is None
+    assert make_model(sizes={"fusion_layers": 1}, soft_mask=False).attention_layer == 0
     with pytest.raises(ValueError, match="mask_text_for is 'itc'"):
         make_model(mask_text_for="itc")
 
