@@ -705,7 +705,7 @@ class PretrainModel(nn.Module):
         text_index, image_index = torch.cat([row[0] for row in rows]), torch.cat([row[1] for row in rows])
         labels = torch.cat([torch.where(valid, label, -100) for _, _, label, valid in rows])
         fused_rows, _ = student.fuse(
-            text_embeds[text_index], attention_mask[text_index], all_keys_values, image_index, cls_only=True
+            text_embeds.index_select(0, text_index), attention_mask[text_index], all_keys_values, image_index, cls_only=True
         )
         logits = torch.cat([match_logits, self.itm_head(fused_rows[:, 0])])
         labels = torch.cat([torch.ones_like(own), labels])
