@@ -186,8 +186,8 @@ def resize_pos_embed(pos_embed, grid: int):
 def init_weights(module, std: float):
     """Fresh weights: linear, convolution and embedding weights from N(0, std), biases 0. [ALBEF] has 0.02 at width 768
 
-    Text layers take 0.02 * (768 / width)^0.5, the ViT width^-0.5 [ours]: narrow models with 0.02 learn nothing for
-    hundreds of steps, and shapes not at all; at full size the ViT starts from DeiT.
+    Text layers take 0.02 * (768 / width)^0.5, the ViT width^-0.5 [ours]: with 0.02 at width 128 the scenes' R@1 was 1 %
+    after 19,000 pairs, with 0.05 it was 6 % after 13,000. At full size the ViT starts from DeiT, which overwrites this.
     """
     if isinstance(module, (nn.Linear, nn.Conv2d, nn.Embedding)):
         nn.init.trunc_normal_(module.weight, std=std)
