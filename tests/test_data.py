@@ -117,7 +117,7 @@ def test_overrides():
     ("model.vision_heads=3", "model.vision_width must be a multiple of model.vision_heads"),
     ("model.text_heads=3", "model.text_width must be a multiple of model.text_heads"),
     ("data.max_tokens=41", "data.max_tokens must be at most model.max_positions"),
-    ("method.attention_layer=2", r"method.attention_layer \(2\) must be below model.fusion_layers - 1 \(2\)"),
+    ("method.attention_layer=2", r"method.attention_layer \(2\) must be below model.fusion_layers - 1 \(1\)"),
     ("model.fusion_layers=1", r"method.attention_layer \(0\)"),
     ("data.retrieval=coco", r"data.retrieval: 'coco' is none of data.retrieval_sets \(scenes\)"),
 ])
