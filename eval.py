@@ -148,8 +148,7 @@ def retrieval_scores(model, tokenizer, paths, captions, config):
                 scores[i, texts] = model.itm_head(fused[:, 0])[:, 1].float()
     if world_size() > 1:
         dist.all_reduce(scores, dist.ReduceOp.MAX)
-    unranked = -torch.inf
-    return sim, scores.masked_fill(~wanted_i2t, unranked), scores.masked_fill(~wanted_t2i, unranked).T
+    return sim, scores.masked_fill(~wanted_i2t, -torch.inf), scores.masked_fill(~wanted_t2i, -torch.inf).T
 
 
 def retrieval(model, tokenizer, file, image_root, config):
@@ -216,7 +215,9 @@ def grounding_metrics(model, tokenizer, rows, image_root, side, config):
                 image_embeds = encoders.encode_image(images)
                 text_embeds = encoders.encode_text(tokens["input_ids"], tokens["attention_mask"])
             keys_values = encoders.image_keys_values(image_embeds)
-            fused, attention = encoders.fuse(text_embeds, tokens["attention_mask"], keys_values, attention_layer=model.attention_layer)
+            fused, attention = encoders.fuse(
+                text_embeds, tokens["attention_mask"], keys_values, attention_layer=model.attention_layer
+            )
             cam = softmask.word_attention(attention, model.itm_head(fused[:, 0])[:, 1].float()).cpu()
         for row, row_cam, word_ids in zip(batch, cam, tokens["word_ids"].cpu()):
             boxes = [np.array(item["box"]) / side for item in row["objects"]]
