@@ -335,18 +335,19 @@ def draw_masks(model, tokenizer, pairs, config, path, side=192):
     font = ImageFont.load_default(14)
     for image_path, text in pairs:
         try:
-            image = softmask.square(data.read_image(image_path), side)
+            original = data.read_image(image_path)
         except data.BadImage as error:
             raise data.InputError(str(error)) from None
-        words, cams = api.word_attention(data.read_image(image_path), text)
-        probability, _ = api.match(data.read_image(image_path), text)
+        image = softmask.square(original, side)
+        words, cams = api.word_attention(original, text)
+        probability, _ = api.match(original, text)
         cells = [(image, f"match {probability:.2f}")]
         for word, cam in zip(words, cams.cpu()):
             mask = softmask.soft_mask(cam.view(1, 1, -1), torch.ones(1, 1, dtype=torch.bool)).view(cam.shape)
             overlay = Image.fromarray((mask.numpy() * 255).astype(np.uint8)).resize((side, side), Image.Resampling.BICUBIC)
-            value = np.asarray(overlay, dtype=np.float32)[..., None] / 255
+            value = np.asarray(overlay, dtype=np.float32) / 255
             grey = np.asarray(image.convert("L"), dtype=np.float32)[..., None].repeat(3, -1)
-            mixed = 0.45 * grey + 0.55 * heat(value[..., 0]).astype(np.float32)
+            mixed = 0.45 * grey + 0.55 * heat(value).astype(np.float32)
             cells.append((Image.fromarray(mixed.astype(np.uint8)), word))
         rows.append((text, cells))
     caption_height, label_height, gap = 20, 20, 4
