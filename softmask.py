@@ -157,7 +157,8 @@ class VisionTransformer(nn.Module):
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.apply(functools.partial(init_weights, std=width**-0.5))
         nn.init.trunc_normal_(self.cls_token, std=0.02)
-        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        with torch.no_grad():
+            self.pos_embed[:, 1:] = sincos_pos_embed(self.grid, width)
 
     def forward(self, image):
         side = self.grid * self.patch_size
@@ -168,6 +169,19 @@ class VisionTransformer(nn.Module):
         for block in self.blocks:
             x = block(x)
         return self.norm(x)
+
+
+def sincos_pos_embed(grid: int, width: int):
+    """Start of a fresh ViT's position embedding, (grid * grid, width): sines and cosines of row and column. [ours]
+
+    Wavelengths from four times the grid down to four patches. With ALBEF's noise of deviation 0.02, drowned by the patch
+    embedding, the scenes' ViT learned slowly where things are. The embedding is trained on; DeiT's overwrites it.
+    """
+    frequency = torch.exp(torch.linspace(math.log(math.pi / 2), math.log(math.pi * grid / 2), max(width // 4, 1))) / grid
+    angle = torch.arange(grid)[:, None] * frequency
+    axis = torch.cat([angle.sin(), angle.cos()], dim=1)  # (grid, D / 2)
+    both = torch.cat([axis[:, None].expand(-1, grid, -1), axis[None].expand(grid, -1, -1)], dim=2).flatten(0, 1)
+    return F.pad(both, (0, width))[:, :width]  # widths not divisible by 4 end in zeros
 
 
 def resize_pos_embed(pos_embed, grid: int):
@@ -409,17 +423,15 @@ def update_twin(twin, student, momentum: float):
 
 
 @torch.no_grad()
-def write_queue(queue, pointer: int, entries):
+def write_queue(queue, written: int, entries):
     """Write entries (n, ...) over the oldest of queue (K, ...), in place, wrapping around at any n. [ALBEF]
 
-    pointer: where the oldest entry lies. Returns the new pointer.
+    written: how many entries were ever written before; the first K of them fill the queue from its start.
     """
     size = len(queue)
-    if size == 0:
-        return 0
-    index = (pointer + torch.arange(len(entries), device=queue.device)) % size
-    queue[index[-size:]] = entries[-size:].to(queue.dtype)  # of more than K entries the last K stay
-    return (pointer + len(entries)) % size
+    if size:
+        index = (written + torch.arange(len(entries), device=queue.device)) % size
+        queue[index[-size:]] = entries[-size:].to(queue.dtype)  # of more than K entries the last K stay
 
 
 def gather(tensor):
@@ -584,7 +596,8 @@ class PretrainModel(nn.Module):
     attention_layer: fusion layer of the word attention, from 0; None: (fusion_layers - 1) // 2, the third of six [ALBEF].
     mask_text_for: "all": masked text enters ITC, ITM and MLM [paper]; "mlm": MLM alone [ALBEF].
     soft_mask_negatives: no-match pairs with soft-masked images join the soft-masked ITM [ours].
-    The queues are buffers: image_queue, text_queue (K, P), queue_ids (K,), queue_pointer.
+    The queues are buffers: image_queue, text_queue (K, P), queue_ids (K,), and queue_written, the number of features
+    ever written; they start empty, and what was never written is no negative. [ours; ALBEF's start as random vectors]
     """
 
     def __init__(
@@ -616,10 +629,10 @@ class PretrainModel(nn.Module):
         self.itm_head = nn.Linear(encoders.text_proj.in_features, 2)
         self.temp = nn.Parameter(torch.tensor(temp))
         feat = encoders.image_proj.out_features
-        self.register_buffer("image_queue", F.normalize(torch.randn(queue_size, feat), dim=1))  # [ALBEF]: starts random
-        self.register_buffer("text_queue", F.normalize(torch.randn(queue_size, feat), dim=1))
+        self.register_buffer("image_queue", torch.zeros(queue_size, feat))
+        self.register_buffer("text_queue", torch.zeros(queue_size, feat))
         self.register_buffer("queue_ids", torch.full((queue_size,), -100))
-        self.register_buffer("queue_pointer", torch.tensor(0))
+        self.register_buffer("queue_written", torch.tensor(0))
 
     def train(self, mode: bool = True):
         super().train(mode)
@@ -638,10 +651,10 @@ class PretrainModel(nn.Module):
         """
         if image_ids is None:
             image_ids = torch.full((len(image_feat_m),), -100, device=image_feat_m.device)
-        pointer = int(self.queue_pointer)
-        write_queue(self.image_queue, pointer, gather(image_feat_m))
-        write_queue(self.queue_ids, pointer, gather(image_ids))
-        self.queue_pointer.fill_(write_queue(self.text_queue, pointer, gather(text_feat_m)))
+        for queue, entries in ((self.image_queue, image_feat_m), (self.text_queue, text_feat_m), (self.queue_ids, image_ids)):
+            entries = gather(entries)
+            write_queue(queue, int(self.queue_written), entries)
+        self.queue_written += len(entries)
 
     def clamp_temp(self):
         """Keep the temperature in [0.001, 0.5]: before each forward pass. [ALBEF]"""
@@ -675,9 +688,11 @@ class PretrainModel(nn.Module):
 
         # Focal ITC, before fusion
         different = own[:, None] != own[None] if image_ids is None else image_ids[:, None] != image_ids[None]
-        positives = None if image_ids is None else image_ids[:, None] == torch.cat([image_ids, self.queue_ids])[None]
+        filled = min(int(self.queue_written), len(self.queue_ids))
+        known_ids = self.queue_ids[:filled]
+        positives = None if image_ids is None else image_ids[:, None] == torch.cat([image_ids, known_ids])[None]
         loss_itc, sim_i2t, sim_t2i = focal_itc_loss(
-            image_feat, text_feat, image_feat_m, text_feat_m, self.image_queue, self.text_queue,
+            image_feat, text_feat, image_feat_m, text_feat_m, self.image_queue[:filled], self.text_queue[:filled],
             self.temp, alpha, self.focal_gamma, positives,
         )  # fmt: skip
 

@@ -79,6 +79,7 @@ def make_model(seed=0, sizes=None, **changes):
     model.text_queue.copy_(F.normalize(randn(*model.text_queue.shape, seed=4), dim=1))
     known = torch.tensor([50, 7, 51, 52, 53])[: len(model.queue_ids)]
     model.queue_ids[: len(known)] = known
+    model.queue_written.fill_(len(model.image_queue))
     return model
 
 
@@ -1215,40 +1216,59 @@ def test_make_twin_is_a_copy_without_gradients():
 @pytest.mark.parametrize("size", [0, 1, 3, 5, 8])
 def test_write_queue_wraps_at_any_length(size):
     """Against a deque that drops its oldest entries; the queue is one in a circle."""
-    queue, pointer, number, oracle = torch.zeros(size, 2), 0, 1, collections.deque([0] * size, maxlen=size)
+    queue, written, oracle = torch.zeros(size, 2), 0, collections.deque([0] * size, maxlen=size)
     draw = random.Random(size)
     for _ in range(40):
         count = draw.choice([0, 1, 2, 3, 5, 8, 11])
-        entries = torch.arange(number, number + count)[:, None].expand(-1, 2)
-        number += count
+        entries = torch.arange(written + 1, written + count + 1)[:, None].expand(-1, 2)
         oracle.extend(entries[:, 0].tolist())
-        pointer = softmask.write_queue(queue, pointer, entries)
-        assert 0 <= pointer < max(size, 1)
-        assert queue.roll(-pointer, 0)[:, 0].tolist() == list(oracle) and torch.equal(queue[:, 0], queue[:, 1])
+        softmask.write_queue(queue, written, entries)
+        written += count
+        oldest = written % max(size, 1)
+        assert queue.roll(-oldest, 0)[:, 0].tolist() == list(oracle) and torch.equal(queue[:, 0], queue[:, 1])
 
 
 def test_enqueue_keeps_the_three_queues_together():
     model = make_model(queue_size=5)
     image_feat, text_feat = randn(3, 8, seed=1), randn(3, 8, seed=2)
     model.enqueue(image_feat, text_feat, torch.tensor([1, 2, 3]))
-    assert model.queue_pointer == 3
+    assert model.queue_written == 5 + 3
     model.enqueue(image_feat, text_feat, torch.tensor([4, 5, 6]))
-    assert model.queue_pointer == 1 and model.queue_ids.tolist() == [6, 2, 3, 4, 5]
+    assert model.queue_written == 5 + 6 and model.queue_ids.tolist() == [6, 2, 3, 4, 5]
     assert torch.equal(model.image_queue, image_feat[[2, 1, 2, 0, 1]])
     assert torch.equal(model.text_queue, text_feat[[2, 1, 2, 0, 1]])
     model.enqueue(image_feat, text_feat, None)
     assert model.queue_ids.tolist() == [6, -100, -100, -100, 5]
     empty = make_model(queue_size=0)
     empty.enqueue(image_feat, text_feat, None)
-    assert empty.queue_pointer == 0 and empty.image_queue.shape == (0, 8)
+    assert empty.image_queue.shape == (0, 8)
     assert softmask.gather(image_feat) is image_feat  # no process group
 
 
-def test_fresh_queues_hold_unit_vectors_of_no_image():
-    model = softmask.PretrainModel(softmask.Encoders(**SIZES), **METHOD)
-    for queue in (model.image_queue, model.text_queue):
-        assert torch.allclose(queue.norm(dim=1), torch.ones(5))
-    assert (model.queue_ids == -100).all() and model.queue_pointer == 0
+def test_what_was_never_written_in_the_queues_is_no_negative():
+    """With 3 of 5 entries written the losses are those of a queue of 3, whatever lies in the other two."""
+    batch = make_batch()
+    full, part = make_model(queue_size=3), make_model(queue_size=5)
+    part.load_state_dict({k: v for k, v in full.state_dict().items() if "queue" not in k}, strict=False)
+    for name in ("image_queue", "text_queue", "queue_ids"):
+        getattr(part, name)[:3] = getattr(full, name)
+    part.queue_ids[3:] = batch["image_ids"][0]
+    part.queue_written.fill_(3)
+    losses = [model(**batch, generator=seeded(0))[0] for model in (full, part)]
+    assert all(torch.equal(losses[0][name], losses[1][name]) for name in losses[0])
+    fresh = softmask.PretrainModel(softmask.Encoders(**SIZES), **METHOD)
+    assert fresh.queue_written == 0 and (fresh.queue_ids == -100).all()
+
+
+def test_sincos_pos_embed_tells_rows_and_columns_apart():
+    """Patches of one row share half the columns, those of one column the other; no two patches are alike."""
+    for grid, width in ((4, 16), (3, 10), (8, 128)):
+        embed = softmask.sincos_pos_embed(grid, width).unflatten(0, (grid, grid))
+        half = 2 * (width // 4)
+        assert embed.shape == (grid, grid, width)
+        assert (embed[:, :1, :half] == embed[..., :half]).all()
+        assert (embed[:1, :, half : 2 * half] == embed[..., half : 2 * half]).all()
+        assert len({tuple(patch) for patch in embed.flatten(0, 1).tolist()}) == grid * grid
 
 
 @pytest.mark.parametrize("value, clamped", [(0.9, 0.5), (0.0, 0.001), (-1.0, 0.001), (0.07, 0.07)])

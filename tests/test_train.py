@@ -111,7 +111,7 @@ def test_loss_falls_and_files_are_whole(trained):
     assert data.config_from_dict(metrics["settings"]).pretrain.epochs == 10
     checkpoint = load(trained.out)  # with weights_only
     assert {"model", "optimizer", "step", "epoch", "config", "vocab", "versions", "commit"} <= checkpoint.keys()
-    assert checkpoint["model"].keys() >= {"image_queue", "text_queue", "queue_ids", "queue_pointer", "temp"}
+    assert checkpoint["model"].keys() >= {"image_queue", "text_queue", "queue_ids", "queue_written", "temp"}
     assert "re-ranked by ITM" in trained.stdout and "Traceback" not in trained.stderr
     assert not [name for name in os.listdir(trained.out) if name.endswith(".partial")]
     with Image.open(os.path.join(trained.out, "masks.png")) as sheet:
@@ -188,7 +188,7 @@ def test_two_processes_have_the_gradients_of_two_micro_batches(spied):
         assert_close(first["grads"], alone["grads"], grads)
         states = [name for name in alone["model"] if not name.endswith("key.bias")]
         assert_close(first["model"], alone["model"], states, 1e-5 if step == 1 else 1e-4)
-        assert first["model"]["queue_pointer"] == 8 * step % 7
+        assert first["model"]["queue_written"] == 8 * step
     assert_close(*({name: torch.tensor(value) for name, value in read_log(out)[-1].items()} for out in spied),
                  [name for name in read_log(one)[-1] if name not in TIMES])  # fmt: skip
 
@@ -333,11 +333,11 @@ def test_start_from_another_run_at_another_image_size(finished, tmp_path):
     for name, value in new.items():
         if name.endswith("vision.pos_embed"):
             assert torch.equal(value, softmask.resize_pos_embed(old[name], 6)) and value.shape[1] == 37
-        elif name in ("image_queue", "text_queue", "queue_ids"):
+        elif name in ("image_queue", "text_queue", "queue_ids", "queue_written"):
             assert not torch.equal(value, old[name]), name
         else:
             assert torch.equal(value, old[name]), name  # the twin's own, too
-    assert new["queue_pointer"] == 0 and (new["queue_ids"] == -100).all()
+    assert new["queue_written"] == 0 and (new["queue_ids"] == -100).all()
     assert not torch.equal(new["encoders_m.text_proj.weight"], new["encoders.text_proj.weight"])
     result = run(tmp_path, "train.py", "--start", start, "--out", tmp_path / "out", *TINY, NO_EVALUATION, *size)
     assert result.status == 0 and f"starts from {start}" in result.out, result.err
