@@ -5,15 +5,19 @@ Read top to bottom:
     Config and its sections                 the settings of config.yaml, as frozen dataclasses
     load_config, config_to_dict, ...        config.yaml + scale + command line -> Config
     Records, FORMATS                        annotation files in one byte buffer that loader workers share
+    task_settings, task_files               the settings and the files of a task
+    image_paths, texts_of, clean_text       what a record says, whatever its task
     join_image_path, read_image             from a record's path to an RGB image
     write_atomically, hash63                files that are whole or absent; the seeds of every draw
-    PairDataset, ShuffledBatches, make_loader    training batches, the same for any number of workers
-    load_retrieval, ImageDataset            evaluation
+    TrainingSet, ShuffledBatches, make_loader    training batches, the same for any number of workers
+    load_retrieval, load_vqa, ..., ImageDataset  evaluation
+    read_refs                               RefCOCO's pickle, from which nothing but plain values is taken
     check                                   looks through a task's files before any training
-    render_scenes                           the embedded scenes
+    render_scenes                           the embedded scenes, with files for every task
 
 The annotation formats are ALBEF's [ALBEF]; reading, checking and seeding are our choice [ours].
 """
+import collections
 import dataclasses
 import difflib
 import functools
@@ -23,6 +27,7 @@ import json
 import math
 import os
 import pathlib
+import pickle
 import random
 import shutil
 import sys
@@ -45,7 +50,10 @@ MAX_PIXELS = 100_000_000  # a larger image is refused before it is decoded
 IMAGE_FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000"]
 MAX_TRIES = 20  # records tried for one place in a batch before the run stops
 MAX_CHECKED_IMAGES = 2_000_000
-MAX_CHECKED_CAPTIONS = 10_000
+MAX_CHECKED_TEXTS = 10_000
+MAX_REFS_BYTES = 1 << 30
+MAX_QUESTION_WORDS = 50  # at evaluation; in training data.max_words [ALBEF]
+ENTAILMENT_LABELS = ("contradiction", "neutral", "entailment")  # in the order of the classes [ALBEF]
 
 
 class InputError(ValueError):
@@ -98,13 +106,6 @@ class MethodConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class AugmentConfig:
-    crop_min_area: float
-    flip: bool
-    randaugment_ops: int
-
-
-@dataclasses.dataclass(frozen=True)
 class ScenesConfig:
     level: str
     train: int
@@ -115,23 +116,39 @@ class ScenesConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class RetrievalSet:
+class Files:
     image_root: str
-    train: str
-    val: str
-    test: str
+    train: list[str]
+    val: str | None
+    test: str | None
+
+
+@dataclasses.dataclass(frozen=True)
+class VqaFiles(Files):
+    vg_image_root: str
+    answers: str | None
+
+
+@dataclasses.dataclass(frozen=True)
+class GroundingFiles(Files):
+    dets: str | None
+    refs: str | None
+    instances: str | None
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
     tokenizer: str
-    max_tokens: int
     max_words: int
     scenes: ScenesConfig | None
     pretrain_files: list[str]
     pretrain_image_root: str
     retrieval: str
-    retrieval_sets: dict[str, RetrievalSet]
+    retrieval_sets: dict[str, Files]
+    vqa: VqaFiles
+    nlvr2: Files
+    entailment: Files
+    grounding: GroundingFiles
     grounding_boxes: str | None
     foils: str | None
 
@@ -139,6 +156,12 @@ class DataConfig:
 @dataclasses.dataclass(frozen=True)
 class TaskConfig:
     start: str | None
+    image_size: int | None
+    max_tokens: int
+    crop_min_area: float
+    flip: bool
+    randaugment_ops: int
+    ramp_alpha: bool
     epochs: int
     batch_size: int
     accumulation: int
@@ -155,6 +178,7 @@ class TaskConfig:
 class EvalConfig:
     batch_size: int
     top_k: int
+    answers_top_k: int
     pictures: int
 
 
@@ -169,12 +193,19 @@ class Config:
     max_bad_image_share: float
     model: ModelConfig
     method: MethodConfig
-    augment: AugmentConfig
     data: DataConfig
     pretrain: TaskConfig
+    retrieval: TaskConfig
+    vqa: TaskConfig
+    nlvr2_pretrain: TaskConfig
+    nlvr2: TaskConfig
+    entailment: TaskConfig
+    grounding: TaskConfig
     eval: EvalConfig
     scale: str
 
+
+TASKS = tuple(field.name for field in dataclasses.fields(Config) if field.type is TaskConfig)
 
 # A scale that gives one of these replaces it; every other mapping is merged key by key.
 REPLACED_WHOLE = {"data.scenes", "data.retrieval_sets"}
@@ -326,7 +357,7 @@ def _check_values(config):
         (model.image_size % model.patch_size == 0, "model.image_size must be a multiple of model.patch_size"),
         (model.vision_width % model.vision_heads == 0, "model.vision_width must be a multiple of model.vision_heads"),
         (model.text_width % model.text_heads == 0, "model.text_width must be a multiple of model.text_heads"),
-        (data.max_tokens <= model.max_positions, "data.max_tokens must be at most model.max_positions"),
+        (not config.nlvr2.flip, "nlvr2.flip must be false: its sentences say left and right of the two images"),
         (method.temp >= 0.001, "method.temp must be at least 0.001"),
         (layer < model.fusion_layers - 1 or not uses_attention,
          f"method.attention_layer ({layer}) must be below model.fusion_layers - 1 ({model.fusion_layers - 1}): "
@@ -338,12 +369,51 @@ def _check_values(config):
             raise InputError(message)
 
 
-# Keys that a record must have, with their types; a list is a list of strings [ALBEF].
+def task_settings(config, task):
+    """The section of a task, its image_size filled in; InputError where the task does not fit the model."""
+    settings, model = getattr(config, task), config.model
+    size = settings.image_size or model.image_size
+    if size % model.patch_size:
+        raise InputError(f"{task}.image_size ({size}) must be a multiple of model.patch_size ({model.patch_size})")
+    if settings.max_tokens > model.max_positions:
+        raise InputError(f"{task}.max_tokens must be at most model.max_positions ({model.max_positions})")
+    return dataclasses.replace(settings, image_size=size)
+
+
+def task_files(config, task):
+    """The Files of a task."""
+    data = config.data
+    if task in ("pretrain", "nlvr2_pretrain"):
+        return Files(data.pretrain_image_root, data.pretrain_files, None, None)
+    return data.retrieval_sets[data.retrieval] if task == "retrieval" else getattr(data, task)
+
+
+def training_files(config, task):
+    """The annotation files a task is trained on; InputError where there are none."""
+    files = task_files(config, task).train
+    if not files:
+        key = "pretrain_files" if "pretrain" in task else f"{task}.train"
+        key = f"retrieval_sets.{config.data.retrieval}.train" if task == "retrieval" else key
+        raise InputError(f"data.{key} names no file at scale {config.scale}; give it a list of annotation files")
+    return files
+
+
+# Keys that a record has, with the types or the very values allowed; a list is a list of strings, None: may be absent
+# [ALBEF]. Under the name of a task what it is trained on, under TASK_eval what it is evaluated on, where that differs.
 FORMATS = {
     "pretrain": {"image": (str,), "caption": (str, list)},
-    "retrieval_train": {"image": (str,), "caption": (str, list), "image_id": (str, int)},
+    "nlvr2_pretrain": {"image": (str,), "caption": (str, list)},
+    "retrieval": {"image": (str,), "caption": (str, list), "image_id": (str, int)},
     "retrieval_eval": {"image": (str,), "caption": (str, list)},
+    "vqa": {"image": (str,), "question": (str,), "answer": (str, list), "dataset": ("vqa", "vg")},
+    "vqa_eval": {"image": (str,), "question": (str,), "answer": (str, list, None), "dataset": ("vqa", "vg"),
+                 "question_id": (int, str)},
+    "nlvr2": {"images": (list,), "sentence": (str,), "label": ("True", "False", bool)},
+    "entailment": {"image": (str,), "sentence": (str,), "label": ENTAILMENT_LABELS},
+    "grounding": {"image": (str,), "text": (str,)},
+    "grounding_eval": {"image": (str,), "text": (str,), "ref_id": (int,)},
 }
+TEXT_KEYS = {"vqa": "question", "nlvr2": "sentence", "entailment": "sentence", "grounding": "text"}  # else caption
 
 
 class Records:
@@ -364,20 +434,7 @@ class Records:
         """
         buffer, offsets = bytearray(), array("q", [0])
         for path in files:
-            try:
-                with open(path, encoding="utf-8-sig") as file:
-                    rows = json.load(file)
-            except OSError as error:
-                raise InputError(f"{path}: cannot be read ({error.strerror}); see the paths in data") from None
-            except (ValueError, RecursionError) as error:  # ValueError: malformed JSON, or no UTF-8
-                line = f"line {error.lineno}: " if isinstance(error, json.JSONDecodeError) else ""
-                raise InputError(f"{path}: not JSON ({line}{getattr(error, 'msg', error)})") from None
-            if not isinstance(rows, list) or not rows:
-                raise InputError(f"{path}: wanted a JSON list of one or more records, got {str(rows)[:40]}")
-            for number, row in enumerate(rows):
-                problem = _record_problem(row, required)
-                if problem:
-                    raise InputError(f"{path}: record {number} (from 0): {problem}")
+            for row in check_rows(path, read_json(path), required):
                 buffer += json.dumps(row).encode()
                 offsets.append(len(buffer))
         return cls(np.frombuffer(buffer, np.uint8), np.frombuffer(offsets, np.int64))
@@ -389,18 +446,75 @@ class Records:
         return json.loads(self.buffer[self.offsets[index]:self.offsets[index + 1]].tobytes())
 
 
+def read_json(path):
+    """The value a JSON file holds; InputError where it cannot be read."""
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            return json.load(file)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); see the paths in data") from None
+    except (ValueError, RecursionError) as error:  # ValueError: malformed JSON, or no UTF-8
+        line = f"line {error.lineno}: " if isinstance(error, json.JSONDecodeError) else ""
+        raise InputError(f"{path}: not JSON ({line}{getattr(error, 'msg', error)})") from None
+
+
+def check_rows(path, rows, required):
+    """Return rows, a list of dicts that each hold what is required (as in FORMATS); else InputError."""
+    if not isinstance(rows, list) or not rows:
+        raise InputError(f"{path}: wanted a list of one or more records, got {str(rows)[:40]}")
+    for number, row in enumerate(rows):
+        problem = _record_problem(row, required)
+        if problem:
+            raise InputError(f"{path}: record {number} (from 0): {problem}")
+    return rows
+
+
 def _record_problem(row, required):
     """Say what a record lacks, or None."""
     if not isinstance(row, dict):
         return f"wanted an object, got {type(row).__name__}"
     for key, kinds in required.items():
-        if key not in row:
+        if key not in row and None not in kinds:
             return f"key {key!r} is missing"
-        if type(row[key]) not in kinds:
-            return f"key {key!r}: wanted {' or '.join(kind.__name__ for kind in kinds)}, got {type(row[key]).__name__}"
-        if type(row[key]) is list and not all(isinstance(item, str) for item in row[key]):
+        value = row.get(key)
+        if type(value) not in kinds and not (isinstance(value, str | None) and value in kinds):
+            wanted = " or ".join(kind.__name__ if isinstance(kind, type) else str(kind) for kind in kinds)
+            got = repr(value)[:40] if str in map(type, kinds) else type(value).__name__
+            return f"key {key!r}: wanted {wanted}, got {got}"
+        if type(value) is list and not all(isinstance(item, str) for item in value):
             return f"key {key!r}: wanted a list of strings"
+        if key == "images" and len(value) != 2:
+            return f"key 'images': wanted two paths, got {len(value)}"
     return None
+
+
+def image_paths(record, task, files):
+    """The paths of a record's images, one or (NLVR2) left and right, below the image_root of files. [ALBEF]"""
+    root = files.vg_image_root if task == "vqa" and record["dataset"] == "vg" else files.image_root
+    names = record["images"] if task == "nlvr2" else [record["image"] + ".jpg" * (task == "entailment")]
+    return [join_image_path(root, name) for name in names]
+
+
+def texts_of(record, task):
+    """The raw texts of a record: its captions, or its one question, sentence or expression."""
+    value = record[TEXT_KEYS.get(task, "caption")]
+    return [value] if isinstance(value, str) else value
+
+
+def answers_of(record):
+    """The answers of a VQA record, a list of str; None where it has none, as in a test file."""
+    answers = record.get("answer")
+    return [answers] if isinstance(answers, str) else answers
+
+
+def clean_text(text, task, max_words):
+    """A raw text as the model reads it."""
+    return (softmask.clean_question if task == "vqa" else softmask.clean_caption)(text, max_words)
+
+
+def label_of(record, task):
+    """The class a record is labelled with: NLVR2 0 or 1 (true), entailment as in ENTAILMENT_LABELS. [ALBEF]"""
+    return int(record["label"] in (True, "True")) if task == "nlvr2" else ENTAILMENT_LABELS.index(record["label"])
 
 
 def join_image_path(image_root, path):
@@ -452,13 +566,14 @@ def hash63(*parts):
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()) >> 1
 
 
-class PairDataset(Dataset):
-    """Image-caption pairs, augmented; every draw is seeded by (seed, epoch, index), so no worker's state enters it."""
+class TrainingSet(Dataset):
+    """Samples of a task, augmented; every draw is seeded by (seed, epoch, index), so no worker's state enters it."""
 
-    def __init__(self, records, image_root, config, seed):
-        """records: Records of FORMATS["pretrain"] or ["retrieval_train"]; config: Config; seed: int."""
-        self.records, self.image_root, self.seed = records, image_root, seed
-        self.image_size, self.augment, self.max_words = config.model.image_size, config.augment, config.data.max_words
+    def __init__(self, records, task, config, seed):
+        """records: Records of FORMATS[task]; task: one of TASKS; config: Config; seed: int."""
+        self.records, self.task, self.seed = records, task, seed
+        self.settings, self.files = task_settings(config, task), task_files(config, task)
+        self.max_words = config.data.max_words
 
     def __len__(self):
         return len(self.records)
@@ -466,33 +581,62 @@ class PairDataset(Dataset):
     def __getitem__(self, key):
         """Return the sample of key = (epoch, index), or of another record drawn in its place if that one is bad.
 
-        dict: image (3, S, S) uint8; caption str, cleaned; image_id int of 63 bits, of the record's image_id or else its
-        path; replaced [(path, reason)] of the bad records passed over. InputError after MAX_TRIES bad ones.
+        dict: image (3, S, S) uint8, of NLVR2 (2, 3, S, S), left first; text str, cleaned; replaced [(path, reason)] of
+        the bad records passed over; and what _targets adds. InputError after MAX_TRIES bad ones.
         """
         epoch, index = key
-        generator = torch.Generator().manual_seed(hash63("pair", self.seed, epoch, index))
+        purpose = "pair" if self.task == "pretrain" else self.task
+        generator = torch.Generator().manual_seed(hash63(purpose, self.seed, epoch, index))
         replaced = []
         for _ in range(MAX_TRIES):
             record = self.records[index]
             index = int(torch.randint(len(self.records), (), generator=generator))  # read if this one is bad
-            captions = [record["caption"]] if isinstance(record["caption"], str) else record["caption"]
-            choice = int(torch.randint(max(len(captions), 1), (), generator=generator))
-            caption = softmask.clean_caption(captions[choice], self.max_words) if captions else ""
-            if not caption.strip():
-                replaced.append((record["image"], "empty caption"))
-                continue
+            texts = texts_of(record, self.task)
+            choice = int(torch.randint(max(len(texts), 1), (), generator=generator))
             try:
-                image = read_image(join_image_path(self.image_root, record["image"]))
+                text = clean_text(texts[choice], self.task, self.max_words) if texts else ""
+                if not text.strip():
+                    raise InputError(f"empty {TEXT_KEYS.get(self.task, 'caption')}")
+                targets = self._targets(record)
+                images = [read_image(path) for path in image_paths(record, self.task, self.files)]
             except (BadImage, InputError) as error:
-                replaced.append((record["image"], str(error)))
+                replaced.append((record["images"][0] if self.task == "nlvr2" else record["image"], str(error)))
                 continue
-            flip = self.augment.flip and float(torch.rand((), generator=generator)) < 0.5
-            image = softmask.augment_image(image, self.image_size, self.augment.crop_min_area, flip,
-                                           self.augment.randaugment_ops, generator)
-            return {"image": image_to_tensor(image), "caption": softmask.flip_words(caption) if flip else caption,
-                    "image_id": hash63(str(record.get("image_id", record["image"]))), "replaced": replaced}
+            flip = self.settings.flip and float(torch.rand((), generator=generator)) < 0.5
+            images = [softmask.augment_image(image, self.settings.image_size, self.settings.crop_min_area, flip,
+                                             self.settings.randaugment_ops, generator) for image in images]
+            if flip:
+                text = softmask.flip_words(text)
+                if "answers" in targets:
+                    targets["answers"] = [softmask.flip_words(answer) for answer in targets["answers"]]
+            tensors = [image_to_tensor(image) for image in images]
+            image = torch.stack(tensors) if self.task == "nlvr2" else tensors[0]
+            return {"image": image, "text": text, "replaced": replaced} | targets
         path, reason = replaced[-1]
         raise InputError(f"{MAX_TRIES} records in a row are bad, the last {path!r} ({reason}); see train.py check")
+
+    def _targets(self, record):
+        """What a record is trained towards. [ALBEF]
+
+        dict of VQA: answers, distinct, and answer_weights, the share of the record's answers that are this one, of
+        Visual Genome half of it; of NLVR2 and entailment: label; else image_id: 63 bits of the record's image_id or
+        its path.
+        """
+        if self.task == "vqa":
+            answers = [answer for answer in answers_of(record) if answer.strip()]
+            if not answers:
+                raise InputError("no answer")
+            scale = (0.5 if record["dataset"] == "vg" else 1.0) / len(answers)
+            distinct = list(dict.fromkeys(answers))
+            return {"answers": distinct, "answer_weights": [scale * answers.count(answer) for answer in distinct]}
+        if self.task in ("nlvr2", "entailment"):
+            return {"label": label_of(record, self.task)}
+        return {"image_id": hash63(str(record.get("image_id", record["image"])))}
+
+
+def training_set(config, task):
+    """Read the annotation files of a task; returns its TrainingSet."""
+    return TrainingSet(Records.from_json(training_files(config, task), FORMATS[task]), task, config, config.seed)
 
 
 class ShuffledBatches:
@@ -526,21 +670,33 @@ class ShuffledBatches:
 
 
 def make_loader(dataset, batch_sampler, tokenizer, max_tokens, num_workers):
-    """Make a DataLoader of dict(image (B, 3, S, S) uint8; input_ids, attention_mask, word_ids (B, L) int64;
-    image_ids (B,) int64; replaced [(path, reason)]; truncated int, captions cut at max_tokens)."""
+    """Make a DataLoader of dict(image (B, 3, S, S) uint8, of NLVR2 (B, 2, 3, S, S); input_ids, attention_mask, word_ids
+    (B, L) int64; replaced [(path, reason)]; truncated int, texts cut at max_tokens) and, as the task has them:
+    image_ids or labels (B,) int64; answer_ids, answer_mask (A, M) int64 of all answers, answer_question (A,) int64, the
+    place of an answer's question in the batch, answer_weights (A,) float32."""
     return DataLoader(dataset, batch_sampler=batch_sampler, num_workers=num_workers, persistent_workers=num_workers > 0,
                       collate_fn=functools.partial(_collate, tokenizer=tokenizer, max_tokens=max_tokens),
                       pin_memory=torch.cuda.is_available())
 
 
 def _collate(samples, tokenizer, max_tokens):
-    """Make one batch of samples of PairDataset."""
-    tokens = softmask.tokenize(tokenizer, [sample["caption"] for sample in samples], max_tokens)
-    return {"image": torch.stack([sample["image"] for sample in samples]),
-            **{name: tokens[name] for name in ("input_ids", "attention_mask", "word_ids")},
-            "image_ids": torch.tensor([sample["image_id"] for sample in samples]),
-            "replaced": [bad for sample in samples for bad in sample["replaced"]],
-            "truncated": tokens["truncated"]}
+    """Make one batch of samples of a TrainingSet."""
+    tokens = softmask.tokenize(tokenizer, [sample["text"] for sample in samples], max_tokens)
+    batch = {"image": torch.stack([sample["image"] for sample in samples]),
+             **{name: tokens[name] for name in ("input_ids", "attention_mask", "word_ids")},
+             "replaced": [bad for sample in samples for bad in sample["replaced"]],
+             "truncated": tokens["truncated"]}
+    for name in ("image_id", "label"):
+        if name in samples[0]:
+            batch[f"{name}s"] = torch.tensor([sample[name] for sample in samples])
+    if "answers" in samples[0]:
+        answers = softmask.tokenize(
+            tokenizer, [answer for sample in samples for answer in sample["answers"]], max_tokens, end=True)
+        counts = torch.tensor([len(sample["answers"]) for sample in samples])
+        batch |= {"answer_ids": answers["input_ids"], "answer_mask": answers["attention_mask"],
+                  "answer_question": torch.arange(len(samples)).repeat_interleave(counts),
+                  "answer_weights": torch.tensor([weight for sample in samples for weight in sample["answer_weights"]])}
+    return batch
 
 
 def load_retrieval(path, image_root, max_words):
@@ -551,11 +707,135 @@ def load_retrieval(path, image_root, max_words):
     """
     images, captions, image_of_caption = [], [], []
     for record in Records.from_json([path], FORMATS["retrieval_eval"]):
-        texts = [record["caption"]] if isinstance(record["caption"], str) else record["caption"]
+        texts = texts_of(record, "retrieval")
         captions += [softmask.clean_caption(text, max_words) for text in texts]
         image_of_caption += [len(images)] * len(texts)
         images.append(join_image_path(image_root, record["image"]))
     return images, captions, np.array(image_of_caption, np.int64)
+
+
+def evaluation_rows(task, path, config):
+    """Yield the records of an evaluation file in its order, each with the row that the task's reader completes.
+
+    row: dict(image, path, or of NLVR2 images, [left, right]; text, cleaned; label, where the task has one).
+    """
+    files = getattr(config.data, task)
+    max_words = MAX_QUESTION_WORDS if task == "vqa" else config.data.max_words
+    for record in Records.from_json([path], FORMATS.get(f"{task}_eval", FORMATS[task])):
+        paths = image_paths(record, task, files)
+        row = {"images": paths} if task == "nlvr2" else {"image": paths[0]}
+        row["text"] = clean_text(texts_of(record, task)[0], task, max_words)
+        if "label" in FORMATS[task]:
+            row["label"] = label_of(record, task)
+        yield record, row
+
+
+def load_nlvr2(path, config):
+    """Rows of an NLVR2 file: dict(images [left, right], text, label: 1 true, 0 false)."""
+    return [row for _, row in evaluation_rows("nlvr2", path, config)]
+
+
+def load_entailment(path, config):
+    """Rows of an SNLI-VE file: dict(image, text, label: place in ENTAILMENT_LABELS)."""
+    return [row for _, row in evaluation_rows("entailment", path, config)]
+
+
+def load_vqa(path, config):
+    """Rows of a VQA file: dict(image, text, question_id, answers list of str or None, kind where the record says it).
+
+    InputError where a question_id stands twice: the evaluation server takes each once.
+    """
+    rows, seen = [], set()
+    for number, (record, row) in enumerate(evaluation_rows("vqa", path, config)):
+        question_id = record["question_id"]
+        if question_id in seen:
+            raise InputError(f"{path}: record {number} (from 0): question_id {question_id!r} was there before")
+        seen.add(question_id)
+        row |= {"question_id": question_id, "answers": answers_of(record)}
+        rows.append(row | {key: record[key] for key in ("kind",) if isinstance(record.get(key), str)})
+    return rows
+
+
+def load_answers(path):
+    """The answers that VQA ranks, data.vqa.answers: a JSON list of distinct strings."""
+    if path is None:
+        raise InputError("data.vqa.answers is null; name the JSON list of answers to rank")
+    answers = read_json(path)
+    if not isinstance(answers, list) or not answers or not all(isinstance(answer, str) for answer in answers):
+        raise InputError(f"{path}: wanted a JSON list of one or more strings, got {str(answers)[:40]}")
+    if len(set(answers)) < len(answers):
+        twice = next(answer for answer in answers if answers.count(answer) > 1)
+        raise InputError(f"{path}: answer {twice!r} is there twice; each must be ranked once")
+    return answers
+
+
+class PlainUnpickler(pickle.Unpickler):
+    """Reads lists, dicts, tuples, sets, numbers, strings and None; a pickle that names anything else is refused."""
+
+    def find_class(self, module, name):
+        raise pickle.UnpicklingError(f"it names {module}.{name}, and only plain values are taken")
+
+
+def read_refs(path):
+    """Read RefCOCO's refs(unc).p, a pickle of Python 2: a list of dict(ref_id, ann_id, image_id, split, ...).
+
+    No code of the file is run. [ours; ALBEF unpickles whatever it says]
+    """
+    try:
+        with open(path, "rb") as file:
+            if os.fstat(file.fileno()).st_size > MAX_REFS_BYTES:
+                raise ValueError(f"over {MAX_REFS_BYTES:,} bytes")
+            refs = PlainUnpickler(file, encoding="latin1").load()
+    except Exception as error:  # a broken pickle raises nearly every kind
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise InputError(f"{path}: no pickle of RefCOCO's references ({reason})") from None
+    return check_rows(path, refs, {"ref_id": (int,), "ann_id": (int,), "image_id": (int,), "split": (str,)})
+
+
+def load_grounding(path, config):
+    """Rows of a RefCOCO+ file, joined with its references, COCO's boxes and the proposals.
+
+    dict: image, text, ref_id int; split val, testA or testB; image_id int; bbox [x, y, width, height]; height, width of
+    the image; dets: proposals like bbox, [] where there are none. All in pixels. InputError where a row lacks one.
+    """
+    files = config.data.grounding
+    for key in ("dets", "refs", "instances"):
+        if getattr(files, key) is None:
+            raise InputError(f"data.grounding.{key} is null; name the file, without which no box can be judged")
+    refs = {ref["ref_id"]: ref for ref in read_refs(files.refs)}
+    instances, dets = read_json(files.instances), read_json(files.dets)
+    if not isinstance(instances, dict) or not isinstance(dets, dict):
+        raise InputError(f"{files.instances} and {files.dets}: wanted a JSON object in each")
+    required = {"images": {"id": (int,), "height": (int,), "width": (int,)}, "annotations": {"id": (int,)}}
+    images, annotations = (
+        {item["id"]: item for item in check_rows(f"{files.instances}: {key}", instances.get(key), keys)}
+        for key, keys in required.items())
+    rows = []
+    for number, (record, row) in enumerate(evaluation_rows("grounding", path, config)):
+        ref = refs.get(record["ref_id"], {"ann_id": None, "image_id": None})
+        annotation, image = annotations.get(ref["ann_id"], {}), images.get(ref["image_id"])
+        boxes = dets.get(str(ref["image_id"]), [])
+        for good, problem in [
+            ("split" in ref, f"ref_id {record['ref_id']} is not in {files.refs}"),
+            (_is_box(annotation.get("bbox")), f"annotation {ref['ann_id']} has no bbox in {files.instances}"),
+            (image and min(image["height"], image["width"]) > 0,
+             f"image {ref['image_id']} has no size in {files.instances}"),
+            (isinstance(boxes, list) and all(map(_is_box, boxes)),
+             f"the proposals of image {ref['image_id']} in {files.dets} are no boxes [x, y, width, height]"),
+        ]:
+            if not good:
+                raise InputError(f"{path}: record {number} (from 0): {problem}; are these files of one data set?")
+        rows.append(row | {
+            "ref_id": record["ref_id"], "split": ref["split"], "image_id": ref["image_id"],
+            "bbox": annotation["bbox"][:4], "height": image["height"], "width": image["width"],
+            "dets": [box[:4] for box in boxes if min(box[2:4]) > 0]})  # one without an area is never the best [ALBEF]
+    return rows
+
+
+def _is_box(value):
+    """Whether a value from JSON begins with x, y, width and height."""
+    return (isinstance(value, list) and len(value) >= 4
+            and all(type(number) in (int, float) and abs(number) < 1e9 for number in value[:4]))
 
 
 class ImageDataset(Dataset):
@@ -577,30 +857,34 @@ class ImageDataset(Dataset):
 
 
 def check(config, task):
-    """Look through the files of a task ("pretrain" or "retrieval") and print what they hold.
+    """Look through the files of a task and print what they hold.
 
-    Per annotation file: records, images that do not exist, captions that are empty or cut. Returns True when nothing is
-    missing or malformed. config: Config after resolve_scenes.
+    Per annotation file: records, images that do not exist, texts that are empty or cut; of VQA the share of the answers
+    in the list that is ranked, of grounding the expressions without proposals. Pre-training's evaluation is zero-shot
+    retrieval. Returns True when nothing is missing or malformed. config: Config after resolve_scenes.
     """
     data, found = config.data, True
-    retrieval = data.retrieval_sets[data.retrieval]
-    if task == "pretrain":
-        files = [(path, data.pretrain_image_root, "pretrain") for path in data.pretrain_files]
-    else:
-        files = [(retrieval.train, retrieval.image_root, "retrieval_train")]
-    files += [(path, retrieval.image_root, "retrieval_eval") for path in (retrieval.val, retrieval.test)]
+    evaluated = "retrieval" if task == "pretrain" else task
+    evaluation = task_files(config, evaluated)
+    listed = [(path, task, task_files(config, task), FORMATS[task]) for path in training_files(config, task)]
+    listed += [(path, evaluated, evaluation, FORMATS.get(f"{evaluated}_eval", FORMATS[evaluated]))
+               for path in (evaluation.val, evaluation.test) if path is not None]
     settings = {"model.vision_weights": config.model.vision_weights, "model.text_weights": config.model.text_weights,
                 "data.grounding_boxes": data.grounding_boxes, "data.foils": data.foils}
     for key, path in settings.items():
         if path is not None and not os.path.exists(path):
             print(f"{key}: {path} is missing")
             found = False
-    tokenizer = softmask.load_tokenizer(data.tokenizer)
-    for path, image_root, layout in files:
+    tokenizer, max_tokens = softmask.load_tokenizer(data.tokenizer), task_settings(config, task).max_tokens
+    for path, kind, files, required in listed:
         try:
-            records = Records.from_json([path], FORMATS[layout])
-            count = min(len(records), MAX_CHECKED_IMAGES)
-            images = dict.fromkeys(join_image_path(image_root, records[index]["image"]) for index in range(count))
+            records = Records.from_json([path], required)
+            looked_at = (records[index] for index in range(min(len(records), MAX_CHECKED_IMAGES)))
+            images = dict.fromkeys(image for record in looked_at for image in image_paths(record, kind, files))
+            answers = set(load_answers(files.answers)) if required is FORMATS["vqa"] else None
+            rows = load_grounding(path, config) if required is FORMATS["grounding_eval"] else None
+            if required is FORMATS["vqa_eval"]:
+                load_vqa(path, config)
         except InputError as error:
             print(error)
             found = False
@@ -611,20 +895,28 @@ def check(config, task):
             print(f"  missing: {image}")
         found = found and not missing
         generator = torch.Generator().manual_seed(hash63("check", config.seed))
-        sample = torch.randperm(len(records), generator=generator)[:MAX_CHECKED_CAPTIONS].tolist()
-        raw = [records[index]["caption"] for index in sample]
-        texts = [text for item in raw for text in ([item] if isinstance(item, str) else item)][:MAX_CHECKED_CAPTIONS]
-        words = [len(softmask.clean_caption(text, sys.maxsize).split()) for text in texts]
-        cleaned = [softmask.clean_caption(text, data.max_words) for text in texts]
-        truncated = softmask.tokenize(tokenizer, cleaned, data.max_tokens)["truncated"] if texts else 0
-        cut = sum(count > data.max_words for count in words)
-        print(f"  of {len(texts)} captions {words.count(0)} are empty, {cut / max(len(texts), 1):.1%} cut at "
-              f"{data.max_words} words, {truncated / max(len(texts), 1):.1%} cut at {data.max_tokens} tokens")
+        order = torch.randperm(len(records), generator=generator)[:MAX_CHECKED_TEXTS].tolist()
+        sample = [records[index] for index in order]
+        texts = [text for record in sample for text in texts_of(record, kind)][:MAX_CHECKED_TEXTS]
+        max_words = MAX_QUESTION_WORDS if required is FORMATS["vqa_eval"] else data.max_words
+        words = [len(clean_text(text, kind, sys.maxsize).split()) for text in texts]
+        cleaned = [clean_text(text, kind, max_words) for text in texts]
+        truncated = softmask.tokenize(tokenizer, cleaned, max_tokens)["truncated"] if texts else 0
+        cut = sum(count > max_words for count in words)
+        print(f"  of {len(texts)} {TEXT_KEYS.get(kind, 'caption')}s {words.count(0)} are empty, "
+              f"{cut / max(len(texts), 1):.1%} cut at {max_words} words, "
+              f"{truncated / max(len(texts), 1):.1%} cut at {max_tokens} tokens")
+        if answers is not None:
+            ranked = [answer in answers for record in sample for answer in answers_of(record)]
+            print(f"  of {len(ranked)} answers {np.mean(ranked or [0]):.1%} are in {files.answers}")
+        if rows is not None:
+            print(f"  {sum(not row['dets'] for row in rows)} of {len(rows)} texts have no proposals in {files.dets}")
     return found
 
 
 # The embedded scenes [ours]: pictures with captions, drawn from a seed. Any change of the output raises the version.
-SCENES_VERSION = 1
+SCENES_VERSION = 2
+DRAW_VERSION = 1  # seeds the draws; raised with SCENES_VERSION alone where scenes and captions may change, too
 LEVELS = ("plain", "rich")
 SIZES = {"small": (0.19, 0.22), "large": (0.34, 0.38)}  # least and greatest part of the picture's side
 COLORS = {"red": (225, 35, 40), "green": (35, 165, 55), "blue": (40, 80, 235), "yellow": (250, 225, 45),
@@ -637,6 +929,7 @@ SHAPES = {  # corners in the unit square, y downwards; the circle has none
     "star": ((.5, 0), (.63, .36), (1, .38), (.71, .62), (.81, 1), (.5, .79), (.19, 1),
              (.29, .62), (0, .38), (.37, .36))}
 TEXTURES = ("striped", "dotted", "checkered")  # an object may be "solid" too, which captions leave unsaid
+VALUES = {"color": tuple(COLORS), "shape": tuple(SHAPES), "size": tuple(SIZES), "texture": TEXTURES}
 NAMING = {"A": 1, "there is A": 1, "a picture of A": 1, "A and B": 2, "there is A and B": 2, "a picture of A and B": 2,
           "A with B and C": 3}  # templates and their numbers of objects
 RELATING = ("A R B", "A is R B", "there is A R B")
@@ -647,10 +940,22 @@ OVERLAP = 0.15  # rich: greatest overlap of two boxes, as part of the smaller bo
 SHADE = 0.5  # brightness of a texture's second tone against the object's colour
 SPLIT_WORDS = {"triangle": ("tri", "##angle"), "diamond": ("dia", "##mond"), "yellow": ("yel", "##low"),
                "purple": ("pur", "##ple"), "checkered": ("check", "##ered"), "picture": ("pic", "##ture")}
+QUESTIONS = ("color", "shape", "count", "relation")  # kinds
+NUMBERS = ("zero", "one", "two", "three", "four")
+PLURALS = {shape: shape + ("es" if shape.endswith("s") else "s") for shape in SHAPES}
+UNDECIDED = ("heavy", "warm", "old", "soft", "wet", "cheap")  # what no picture shows; the U of a template
+# Templates of statements, by their labels: the first where the claim is true, the second where one word makes it false.
+# Of three labels each kind of wording has two, equally often: the text alone is right half of the time.
+STATEMENTS = {
+    ("entailment", "contradiction"): ("there is A", "there is A and B", "A is R B"),
+    ("neutral", "contradiction"): ("A is U", "A is as U as B", "A R B is U"),
+    ("entailment", "neutral"): ("there is A or an object is U", "an object is U or there is A",
+                                "A is R B or an object is U")}
 OTHER_WORDS = """a an the is are there it on of and or not no yes true false what color shape size texture how many
     object objects which that in both image images pictures than more fewer as left right above below next to each other
     same different zero one two three four five six seven eight nine has have contains with does do at top bottom side
-    pair first second exactly least most only all any some every none background dark light plain solid"""
+    pair first second exactly least most only all any some every none background dark light plain solid where seen from
+    heavy warm old soft wet cheap"""
 
 
 @functools.cache
@@ -857,7 +1162,7 @@ def short_words(thing, scene, rng):
 
 def phrase(words):
     """{attribute: word} as a noun phrase without its article."""
-    return " ".join(words.values())
+    return " ".join([*words.values()] + ["object"] * ("shape" not in words))
 
 
 def make_claim(template, things, words, relations=()):
@@ -875,8 +1180,10 @@ def say(claim):
     for token in claim["template"].split():
         if token in ("A", "B", "C"):
             text = phrase(claim["words"]["ABC".index(token)])
-            starts["ABC".index(token)] = len(words) + 1
-            words += ["an" if text[0] in "aeiou" else "a"] + text.split()
+            if words[-1:] != ["the"]:
+                words.append("an" if text[0] in "aeiou" else "a")
+            starts["ABC".index(token)] = len(words)
+            words += text.split()
         else:
             words += claim["relations"]["RS".index(token)][0].split() if token in ("R", "S") else [token]
     return " ".join(words), starts
@@ -936,12 +1243,11 @@ def captions(scene, level, rng):
 def make_foils(claim, scene, rng):
     """Change exactly one word of a claim (or its relation) so that it is false, even loosely read.
 
-    Args: claim: one with full phrases, as captions gives first.
-    Returns: {kind: claim}, kind among color, shape, size, texture, relation; a kind is absent where none is false.
+    Returns: {kind: claim}, kind among color, shape, size, texture, relation; a kind is absent where the claim says
+        nothing of it or no change makes it false.
     """
     foils = {}
-    values = {"color": tuple(COLORS), "shape": tuple(SHAPES), "size": tuple(SIZES), "texture": TEXTURES}
-    for kind, words in values.items():
+    for kind, words in VALUES.items():
         for i in rng.sample(range(len(claim["words"])), len(claim["words"])):
             for word in rng.sample(words, len(words)):
                 if kind not in foils and claim["words"][i].get(kind, word) != word:
@@ -949,6 +1255,8 @@ def make_foils(claim, scene, rng):
                     foil = claim | {"words": changed}
                     if not holds(foil, scene, strict=False):
                         foils[kind] = foil
+    if not claim["relations"]:
+        return foils
     i = rng.randrange(len(claim["relations"]))
     name, subject, others = claim["relations"][i]
     aside = [word for word in OPPOSITE if word not in (name, OPPOSITE[name])]
@@ -970,7 +1278,7 @@ def draw_split(level, split, count, image_size, seed):
     kinds = 4 + (level == "rich")
     drawn, alike = [], {}
     for index in range(count):
-        rng = random.Random(f"{SCENES_VERSION} {seed} {level} {split} {index}")
+        rng = random.Random(f"{DRAW_VERSION} {seed} {level} {split} {index}")
         for _ in range(1000):
             scene = draw_scene(rng, level, image_size)
             claims, foils = captions(scene, level, rng), {}
@@ -1001,6 +1309,193 @@ def named_boxes(image, claim, scene):
                         "attributes": words, "attribute_indices": indices, "box": thing["box"]})
     others = [thing["box"] for thing in scene["objects"] if not any(thing is named for named in claim["things"])]
     return {"image": image, "caption": caption, "objects": objects, "other_boxes": others}
+
+
+def refer(thing, scene, rng, words, related=False):
+    """Single out one object of a scene.
+
+    Args: words: what to say of it, {attribute: word}; related: say also where it lies seen from another object, as is
+        done in any case where the words fit more objects than this one.
+    Returns: a claim, "the A" or "the A R the B"; None where no relation is clear and true of it alone.
+    """
+    alike = [other for other in scene["objects"] if other is not thing and fits(words, other)]
+    if not alike and not related:
+        return make_claim("the A", [thing], [words])
+    for other in rng.sample(scene["objects"], len(scene["objects"])):
+        name = relation(thing, other)
+        if name and not any(stands(rival, name, other, strict=False) for rival in alike):
+            said = [words, short_words(other, scene, rng)]
+            return make_claim("the A R the B", [thing, other], said, [(name, 0, (1,))])
+    return None
+
+
+def questions(kind, scene, values, rng):
+    """Ask what the picture answers, and one answer alone: [(question, answer)] of a kind of QUESTIONS.
+
+    values: the attributes that are asked for and their words, as VALUES.
+    """
+    objects = scene["objects"]
+    if kind == "count":
+        return [(f"how many {PLURALS.get(word, word + ' objects')} are there",
+                 NUMBERS[sum(thing[name] == word for thing in objects)]) for name in values for word in values[name]]
+    if kind == "relation":
+        a, b = (objects[i] for i in rng.choice(related_pairs(objects)))
+        words, name = [short_words(thing, scene, rng) for thing in (a, b)], relation(a, b)
+        false = rng.choice([other for other in OPPOSITE if not stands(a, other, b, strict=False)])
+        return [(say(make_claim(template, (a, b), words, [(said, 0, (1,))]))[0], answer) for template, said, answer in (
+            ("where is the A seen from the B", name, name.split()[0]),
+            ("is the A R the B", name, "yes"), ("is the A R the B", false, "no"))]
+    found = []
+    for thing in objects:
+        rest = {name: word for name, word in full_words(thing).items() if name != kind}
+        parts = [dict(part) for size in range(len(rest)) for part in itertools.combinations(rest.items(), size + 1)]
+        single = [words for words in parts if sum(fits(words, other) for other in objects) == 1]
+        claims = [refer(thing, scene, rng, words) for words in single or [rest]]
+        found += [(f"what {kind} is {say(claim)[0]}", thing[kind]) for claim in claims if claim]
+    return found
+
+
+def vqa_rows(scenes, values, each, ids, rng):
+    """Ask `each` questions about every scene, of kinds in turn; by preference what was asked and answered so least.
+
+    A question is left out where nothing singles an object out (one in a thousand at level rich).
+    """
+    rows, told = [], collections.Counter()
+    for turn in range(each * len(scenes)):
+        scene, kind = scenes[turn // each], QUESTIONS[turn % len(QUESTIONS)]
+        found = questions(kind, scene, values, rng)
+        if found:
+            question, answer = min(rng.sample(found, len(found)), key=lambda pair: (told[pair], told[pair[1]]))
+            told.update([(question, answer), answer])
+            rows.append({"question_id": next(ids), "image": scene["image"], "question": question, "answer": [answer],
+                         "dataset": "vqa", "kind": kind})
+    return rows
+
+
+def nlvr2_rows(scenes, values, count, rng):
+    """Write sentences about two images of which neither alone decides: about `count`, in groups of four.
+
+    A sentence says that the images agree in something, or differ. Each side has one image of either value, and each of
+    these stands with both of the other side: so given the sentence and one image, true and false are equally frequent.
+    """
+    rows, kinds, order = [], [*values, "same"], rng.sample(scenes, len(scenes))
+    for number in range(count // 4):
+        kind = kinds[number % len(kinds)]
+        named, asked = rng.sample([*values], 2) if kind == "same" else (kind, None)
+        words = {named: rng.choice(values[named])}
+        if asked:
+            agree, differ = f"the A has the same {asked} in both images", f"the A has a different {asked} in each image"
+        else:
+            agree, differ = "A is in both images or none", "exactly one image has A"
+            if kind != "shape" and rng.random() < 0.5:
+                words["shape"] = rng.choice(values["shape"])
+        template = rng.choice((agree, differ))
+        sentence, alike = say(make_claim(template, (), [words]))[0], {}
+        for scene in order:
+            found = [thing for thing in scene["objects"] if fits(words, thing)]
+            if not asked or len(found) == 1:
+                alike.setdefault(found[0][asked] if asked else bool(found), []).append(scene)
+            pairs = [group[:2] for group in alike.values() if len(group) > 1]
+            if len(pairs) == 2:
+                rows += [{"images": [left[0]["image"], right[1]["image"]], "sentence": sentence,
+                          "label": (left is right) == (template == agree), "kind": kind}
+                         for left, right in itertools.product(pairs, repeat=2)]
+                for used in pairs[0] + pairs[1]:  # to the end: all images are used about equally often
+                    order.remove(used)
+                    order.append(used)
+                break
+    return rows
+
+
+def entailment_rows(scenes, each, rng):
+    """Make `each` statements about every scene, of wordings and labels in turn; see STATEMENTS."""
+    rows = []
+    for turn in range(each * len(scenes)):
+        scene, labels, false = scenes[turn // each], [*STATEMENTS][turn % 3], turn % 2
+        statement = None
+        while not statement:
+            template = rng.choice(STATEMENTS[labels])
+            things = [scene["objects"][i] for i in rng.choice(related_pairs(scene["objects"]))]
+            relations = [(relation(*things), 0, (1,))] if " R " in template else []
+            things = things if " B" in template else things[:1]
+            words = [rng.choice((full_words(thing), short_words(thing, scene, rng))) for thing in things]
+            claim = make_claim(template.replace("U", rng.choice(UNDECIDED)), things, words, relations)
+            foils = [*make_foils(claim, scene, rng).values()] if false else [claim]
+            statement = foils and say(rng.choice(foils))[0]
+        rows.append({"image": scene["image"].removesuffix(".jpg"), "sentence": statement, "label": labels[false]})
+    return rows
+
+
+def box_overlap(a, b):
+    """Intersection over union of two boxes [x, y, width, height]."""
+    width, height = (min(a[i] + a[i + 2], b[i] + b[i + 2]) - max(a[i], b[i]) for i in (0, 1))
+    shared = max(width, 0) * max(height, 0)
+    return shared / (a[2] * a[3] + b[2] * b[3] - shared)
+
+
+def propose(scene, rng):
+    """Draw proposals as a detector makes them: [[x, y, width, height, score]] in random order, the score meaningless.
+
+    Each object's box, moved by up to a pixel a side, and two or three of an object's size where there is none.
+    """
+    proposals, boxes, side = [], [thing["box"] for thing in scene["objects"]], scene["side"]
+    for x, y, width, height in boxes:
+        moved = [0, 0, 0, 0]
+        while box_overlap(moved, (x, y, width, height)) < 0.6:
+            left, top, right, bottom = (rng.randint(-1, 1) for _ in range(4))
+            moved = [x + left, y + top, width - left + right, height - top + bottom]
+        proposals.append(moved)
+    wanted = len(boxes) + rng.randint(2, 3)
+    while len(proposals) < wanted:
+        pixels = round(rng.uniform(*SIZES[rng.choice(tuple(SIZES))]) * side)
+        other = [rng.randint(0, side - pixels), rng.randint(0, side - pixels), pixels, pixels]
+        if all(box_overlap(other, box) < 0.5 for box in boxes):
+            proposals.append(other)
+    return [[*box, round(rng.random(), 3)] for box in rng.sample(proposals, wanted)]
+
+
+def grounding_rows(split, scenes, refs, instances, rng):
+    """Refer to every object of every scene, every third time by its relation to another where that is clear.
+
+    Appends to refs (RefCOCO's list; testA: by attributes alone, testB: by a relation) and instances (COCO's lists).
+    """
+    rows = []
+    for scene in scenes:
+        image_id = len(instances["images"]) + 1
+        instances["images"].append({"id": image_id, "file_name": scene["image"], "height": scene["side"],
+                                    "width": scene["side"]})
+        for thing in scene["objects"]:
+            claim = refer(thing, scene, rng, {"shape": thing["shape"]}, related=True) if len(refs) % 3 == 2 else None
+            claim = claim or refer(thing, scene, rng, short_words(thing, scene, rng))
+            ref_id, part = len(refs), "AB"[len(claim["relations"])] if split == "test" else ""
+            rows.append({"image": scene["image"], "text": say(claim)[0], "ref_id": ref_id})
+            refs.append({"ref_id": ref_id, "ann_id": ref_id + 1, "image_id": image_id, "split": split + part})
+            instances["annotations"].append({"id": ref_id + 1, "image_id": image_id, "bbox": thing["box"]})
+    return rows
+
+
+def write_tasks(folder, scenes, level, seed):
+    """Write the files of the downstream tasks; scenes: {split: what write_split returned}."""
+    values = {name: words for name, words in VALUES.items() if name != "texture" or level == "rich"}
+    content, dets, refs, instances = {}, {}, [], {"images": [], "annotations": []}
+    ids = itertools.count()
+    for split, drawn in scenes.items():
+        train = split == "train"
+        vqa, nlvr2, entailment, grounding = (random.Random(f"{DRAW_VERSION} {seed} {level} {split} {task}")
+                                             for task in ("vqa", "nlvr2", "entailment", "grounding"))
+        content[f"vqa_{split}"] = vqa_rows(drawn, values, 2 if train else 3, ids, vqa)
+        content[f"nlvr2_{split}"] = nlvr2_rows(drawn, values, len(drawn) * (1 if train else 2), nlvr2)
+        content[f"entailment_{split}"] = entailment_rows(drawn, 2 if train else 3, entailment)
+        first = len(instances["images"]) + 1
+        content[f"grounding_{split}"] = grounding_rows(split, drawn, refs, instances, grounding)
+        if not train:
+            dets |= {first + number: propose(scene, grounding) for number, scene in enumerate(drawn)}
+    for row in content["nlvr2_train"]:
+        row["label"] = str(row["label"])  # NLVR2's files come with strings and with booleans
+    answers = sorted({row["answer"][0] for split in scenes for row in content[f"vqa_{split}"]})
+    for name, rows in (content | {"answer_list": answers, "dets": dets, "instances": instances}).items():
+        (folder / f"{name}.json").write_text(json.dumps(rows), encoding="utf-8")
+    (folder / "refs(unc).p").write_bytes(pickle.dumps(refs, protocol=2))
 
 
 def scene_vocabulary():
@@ -1034,8 +1529,9 @@ def render_scenes(root, level, train, val, test, image_size, seed):
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = pathlib.Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        for split, count in (("train", train), ("val", val), ("test", test)):
-            write_split(partial, split, draw_split(level, split, count, image_size, seed))
+        scenes = {split: write_split(partial, split, draw_split(level, split, count, image_size, seed))
+                  for split, count in (("train", train), ("val", val), ("test", test))}
+        write_tasks(partial, scenes, level, seed)
         (partial / "vocab.txt").write_text("\n".join(scene_vocabulary()) + "\n", encoding="utf-8")
         partial.chmod(0o755)
         try:
@@ -1049,7 +1545,7 @@ def render_scenes(root, level, train, val, test, image_size, seed):
 
 
 def write_split(folder, split, drawn):
-    """Write the pictures and the JSON files of one split, given as from draw_split."""
+    """Write the pictures of one split, given as from draw_split, and its captions; returns the rows of its scenes."""
     (folder / "images" / split).mkdir(parents=True)
     images = [f"images/{split}/{index:05d}.jpg" for index in range(len(drawn))]
     rows = {"scenes": [{"image": image} | scene for image, (scene, _, _) in zip(images, drawn)]}
@@ -1068,3 +1564,4 @@ def write_split(folder, split, drawn):
     for name, content in rows.items():
         file = "pretrain.json" if name == "pretrain" else f"{name}_{split}.json"
         (folder / file).write_text(json.dumps(content), encoding="utf-8")
+    return rows["scenes"]

@@ -5,17 +5,23 @@
     python eval.py masks --checkpoint DIR --image photo.jpg --text "a dog on a red sofa"
 
 Metrics, percentages from 0 to 100 unless said otherwise:
-  zero_shot, reranked   retrieval by ITC alone, and with the top k re-ranked by ITM, under ALBEF's names:
-                        txt_r1, ... images whose caption is among the first 1, 5, 10; img_r1, ... captions whose image is
-  grounding             word attention against the boxes of named objects (scenes alone), see grounding_metrics
+  zero_shot, reranked   retrieval by ITC alone (itc once fine-tuned), and with the top k re-ranked by ITM, under ALBEF's
+                        names: txt_r1, ... images whose caption is among the first 1, 5, 10; img_r1, ... captions whose
+                        image is
+  pointing              word attention against the boxes of named objects (scenes alone), see pointing_metrics
   foils                 per kind, captions whose ITM score is above that of a version made false in one word; chance 50
+  accuracy              VQA: the official accuracy, or matches where a question has fewer than ten answers; NLVR2,
+                        entailment: right classes; accuracy_KIND: of one kind or class; majority: of the commonest class
+  val_d, testA_d, ...   grounding: expressions whose picked proposal has an IoU of at least 0.5, see grounding_accuracy
 """
 
 import argparse
 import contextlib
+import functools
 import json
 import math
 import os
+import re
 import sys
 
 import numpy as np
@@ -90,10 +96,13 @@ def retrieval_metrics(sim_i2t, sim_t2i, image_of_text):
     return metrics | {"r_mean": (metrics["txt_r_mean"] + metrics["img_r_mean"]) / 2}
 
 
-def image_batches(paths, indices, config, device):
-    """Yield (indices, images (b, 3, S, S) normalised, on device) of paths[i] for i in indices, in order."""
+def image_batches(paths, indices, config, device, multiple=1):
+    """Yield (indices, images (b, 3, S, S) normalised, on device) of paths[i] for i in indices, in order.
+
+    b: eval.batch_size times multiple.
+    """
     dataset = torch.utils.data.Subset(data.ImageDataset(paths, config.model.image_size), indices)
-    size = config.eval.batch_size
+    size = config.eval.batch_size * multiple
     loader = torch.utils.data.DataLoader(dataset, size, num_workers=config.num_workers)
     for start, images in zip(range(0, len(indices), size), loader):
         yield indices[start : start + size], softmask.normalize(images.to(device).float() / 255)
@@ -105,7 +114,7 @@ def to_device(tokens, device):
 
 
 @torch.no_grad()
-def retrieval_scores(model, tokenizer, paths, captions, config):
+def retrieval_scores(model, tokenize, paths, captions, config):
     """Similarities of a gallery by ITC, and the ITM scores of the top k in both directions.
 
     Returns sim (I, T) float32, and scores_i2t (I, T), scores_t2i (T, I): "match" logits of the pairs in the top k of
@@ -123,7 +132,7 @@ def retrieval_scores(model, tokenizer, paths, captions, config):
             image_feat[indices] = encoders.image_feat(encoders.encode_image(images))
         for start in range(0, len(captions), config.eval.batch_size):
             batch = captions[start : start + config.eval.batch_size]
-            tokens = to_device(softmask.tokenize(tokenizer, batch, config.data.max_tokens), device)
+            tokens = to_device(tokenize(batch), device)
             embeds = encoders.encode_text(tokens["input_ids"], tokens["attention_mask"])
             text_feat.append(encoders.text_feat(embeds))
             lengths = tokens["attention_mask"].sum(1).tolist()
@@ -151,13 +160,13 @@ def retrieval_scores(model, tokenizer, paths, captions, config):
     return sim, scores.masked_fill(~wanted_i2t, -torch.inf), scores.masked_fill(~wanted_t2i, -torch.inf).T
 
 
-def retrieval(model, tokenizer, file, image_root, config):
-    """Zero-shot retrieval on one file: metrics by ITC alone (zero_shot) and re-ranked by ITM (reranked)."""
+def retrieval(model, tokenize, file, image_root, config):
+    """Retrieval on one file: metrics by ITC alone (itc) and re-ranked by ITM (reranked)."""
     paths, captions, image_of_text = data.load_retrieval(file, image_root, config.data.max_words)
-    sim, scores_i2t, scores_t2i = retrieval_scores(model, tokenizer, paths, captions, config)
+    sim, scores_i2t, scores_t2i = retrieval_scores(model, tokenize, paths, captions, config)
     image_of_text = torch.from_numpy(image_of_text).to(sim.device)
     return {
-        "zero_shot": retrieval_metrics(sim, sim.T, image_of_text),
+        "itc": retrieval_metrics(sim, sim.T, image_of_text),
         "reranked": retrieval_metrics(scores_i2t, scores_t2i, image_of_text),
     }
 
@@ -165,13 +174,13 @@ def retrieval(model, tokenizer, file, image_root, config):
 # The embedded scenes: do words look at their objects, are false captions told apart
 
 
-def pair_batches(rows, image_root, tokenizer, config, device, texts):
+def pair_batches(rows, image_root, tokenize, config, device, texts):
     """Yield (rows, images, tokens per name in texts) of batches of annotation rows."""
     paths = [data.join_image_path(image_root, row["image"]) for row in rows]
     for indices, images in image_batches(paths, list(range(len(rows))), config, device):
         batch = [rows[i] for i in indices]
         cleaned = [[softmask.clean_caption(row[name], config.data.max_words) for row in batch] for name in texts]
-        yield batch, images, [to_device(softmask.tokenize(tokenizer, c, config.data.max_tokens), device) for c in cleaned]
+        yield batch, images, [to_device(tokenize(c), device) for c in cleaned]
 
 
 def pointing(cam, own_box, other_boxes):
@@ -201,24 +210,29 @@ def pointing(cam, own_box, other_boxes):
     return result
 
 
-def grounding_metrics(model, tokenizer, rows, image_root, side, config):
+def token_attention(model, images, tokens, config):
+    """Grad-CAM G (B, L, N) of each token on its image: softmask.word_attention of the pairs' match scores."""
+    encoders = model.encoders
+    with autocast(config, images.device), torch.enable_grad():
+        with torch.no_grad():
+            image_embeds = encoders.encode_image(images)
+            text_embeds = encoders.encode_text(tokens["input_ids"], tokens["attention_mask"])
+        keys_values = encoders.image_keys_values(image_embeds)
+        fused, attention = encoders.fuse(
+            text_embeds, tokens["attention_mask"], keys_values, attention_layer=model.attention_layer
+        )
+        return softmask.word_attention(attention, model.itm_head(fused[:, 0])[:, 1].float())
+
+
+def pointing_metrics(model, tokenize, rows, image_root, side, config):
     """Word attention of each named object's shape word against the boxes of its scene. [ours]
 
     rows: of boxes_test.json; side: of the pictures, pixels. Returns the means of pointing() over objects, in percent,
     objects (their number), and ratio: hit_own / hit_other.
     """
-    encoders, device = model.encoders, model.temp.device
-    grid, results = encoders.vision.grid, []
-    for batch, images, (tokens,) in pair_batches(rows, image_root, tokenizer, config, device, ["caption"]):
-        with autocast(config, device), torch.enable_grad():
-            with torch.no_grad():
-                image_embeds = encoders.encode_image(images)
-                text_embeds = encoders.encode_text(tokens["input_ids"], tokens["attention_mask"])
-            keys_values = encoders.image_keys_values(image_embeds)
-            fused, attention = encoders.fuse(
-                text_embeds, tokens["attention_mask"], keys_values, attention_layer=model.attention_layer
-            )
-            cam = softmask.word_attention(attention, model.itm_head(fused[:, 0])[:, 1].float()).cpu()
+    device, grid, results = model.temp.device, model.encoders.vision.grid, []
+    for batch, images, (tokens,) in pair_batches(rows, image_root, tokenize, config, device, ["caption"]):
+        cam = token_attention(model, images, tokens, config).cpu()
         for row, row_cam, word_ids in zip(batch, cam, tokens["word_ids"].cpu()):
             boxes = [np.array(item["box"]) / side for item in row["objects"]]
             unnamed = [np.array(box) / side for box in row["other_boxes"]]
@@ -232,13 +246,13 @@ def grounding_metrics(model, tokenizer, rows, image_root, side, config):
 
 
 @torch.no_grad()
-def foil_metrics(model, tokenizer, rows, image_root, config):
+def foil_metrics(model, tokenize, rows, image_root, config):
     """Is the true caption's ITM score above its foil's: percent per kind, its standard error and the number. [ours]
 
     rows: of foils_test.json. A tie is a miss.
     """
     encoders, device, right = model.encoders, model.temp.device, {}
-    for batch, images, tokens in pair_batches(rows, image_root, tokenizer, config, device, ["caption", "foil"]):
+    for batch, images, tokens in pair_batches(rows, image_root, tokenize, config, device, ["caption", "foil"]):
         with autocast(config, device):
             keys_values = encoders.image_keys_values(encoders.encode_image(images))
             scores = []
@@ -256,55 +270,296 @@ def foil_metrics(model, tokenizer, rows, image_root, config):
     return metrics
 
 
-def read_rows(path):
-    """The rows of a JSON file that the scenes wrote."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            return json.load(file)
-    except (OSError, ValueError) as error:
-        raise data.InputError(f"{path}: cannot be read ({error})") from None
+# Downstream tasks
+
+
+NUMBER_WORDS = {"none": "0"} | {
+    word: str(number) for number, word in enumerate("zero one two three four five six seven eight nine ten".split())
+}
+# written with one apostrophe missing, whichever, these words get it back (the official table's I'm and I've are never
+# reached: words are lower case by then)
+APOSTROPHES = """
+    ain't aren't can't couldn't couldn't've could've didn't doesn't don't hadn't hadn't've hasn't haven't he'd
+    he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've
+    needn't not've o'clock oughtn't 'ow's'at shan't she'd've shouldn't shouldn't've should've somebody'd've
+    somebody'll somebody's someone'd someone'd've someone'll someone's something'd something'd've something'll
+    that's there'd there'd've there're there's they'd they'd've they'll they're they've 'twas wasn't we'd've weren't
+    we've what'll what're what's what've when's where'd where's where've who'd who'd've who'll who's who've why'll
+    why're why's won't wouldn't wouldn't've would've y'all y'all'd've y'all'll you'd you'd've you'll you're you've
+""".split()
+CONTRACTIONS = {
+    word[:i] + word[i + 1 :]: word for word in APOSTROPHES for i, letter in enumerate(word) if letter == "'"
+} | {"somebody'd": "somebodyd"}  # the other way round in the official table
+
+
+def normalize_answer(answer: str) -> str:
+    """An answer as VQA accuracy compares it: lower case, without articles and punctuation, numbers to ten as digits.
+
+    The rule of the official evaluation (processPunctuation and processDigitArticle of vqaEval.py in GT-Vision-Lab/VQA,
+    commit a013f00; Antol et al., VQA, ICCV 2015). A mark of punctuation becomes a space, unless it stands beside a
+    space somewhere in the answer, or the answer has a comma between digits: then it is dropped. Colon and apostrophe
+    stay, and so does a period before a digit.
+    """
+    answer = answer.replace("\n", " ").replace("\t", " ").strip()
+    text, has_thousands = answer, re.search(r"\d,\d", answer)
+    for mark in ';/[]"{}()=+\\_-><@`,?!':
+        dropped = has_thousands or f"{mark} " in answer or f" {mark}" in answer
+        text = text.replace(mark, "" if dropped else " ")
+    text = re.sub(r"\.(?!\d)", "", text)
+    words = [NUMBER_WORDS.get(word, word) for word in text.lower().split()]
+    return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ("a", "an", "the"))
+
+
+def vqa_accuracy(answer: str, answers: list[str]) -> float:
+    """How far one answer agrees with people's, in percent: the official VQA accuracy, see normalize_answer.
+
+    answers: of the annotators, ten in VQA. Each in turn is left out; min(1, matches among the others / 3) is averaged:
+    1, 2, 3, 4 of 10 give 30, 60, 90, 100. As in the official script, answers that are all the same letter by letter are
+    not normalised, nor is the given one. Fewer than ten answers: 100 for a match with any of them after normalisation,
+    else 0 [ours: they are alternatives then, not votes]. ValueError without answers.
+    """
+    if not answers:
+        raise ValueError("answers: there is none to compare with")
+    answer, *answers = [text.replace("\n", " ").replace("\t", " ").strip() for text in (answer, *answers)]
+    if len(set(answers)) > 1 or len(answers) < 10:
+        answer, *answers = map(normalize_answer, (answer, *answers))
+    matches = [other == answer for other in answers]
+    if len(answers) < 10:
+        return 100.0 * any(matches)
+    return 100 * float(np.mean([min(1, (sum(matches) - own) / 3) for own in matches]))
+
+
+def box_iou(a, b) -> float:
+    """Intersection over union of two boxes, in [0, 1]. [ALBEF] dataset/utils.py computeIoU
+
+    a, b: [x, y, width, height, ...], pixels. A box ends in its last pixel, x + width - 1, so an overlap of one pixel or
+    less in either direction is none.
+    """
+    left, top = max(a[0], b[0]), max(a[1], b[1])
+    right, bottom = min(a[0] + a[2], b[0] + b[2]) - 1, min(a[1] + a[3], b[1] + b[3]) - 1
+    if left >= right or top >= bottom:
+        return 0.0
+    intersection = (right - left + 1) * (bottom - top + 1)
+    return intersection / (a[2] * a[3] + b[2] * b[3] - intersection)
+
+
+def pick_proposal(cam, proposals, height: int, width: int):
+    """The proposal that holds most of an attention map for its size: sum inside / sqrt(area). [ALBEF] grounding_eval
+
+    cam (h, w) float, any grid, brought to (height, width) pixels bicubically; proposals: [x, y, width, height, ...],
+    pixels. Returns the four numbers of the best box, the first of equals; None where no score is above 0 [ours: ALBEF
+    keeps the box of the picture before]. A box without area is passed over, and what lies outside the image counts 0
+    [ours].
+    """
+    cam = torch.nn.functional.interpolate(cam[None, None].float(), (height, width), mode="bicubic")[0, 0].cpu()
+    best, best_score = None, 0.0
+    for x, y, w, h in (proposal[:4] for proposal in proposals):
+        if w > 0 and h > 0:
+            # a negative end of a slice would count from the far side
+            left, right, top, bottom = (max(0, int(end)) for end in (x, x + w, y, y + h))
+            score = cam[top:bottom, left:right].sum().item() / (w * h) ** 0.5
+            if score > best_score:
+                best, best_score = [x, y, w, h], score
+    return best
+
+
+def grounding_accuracy(rows, cams) -> dict[str, float]:
+    """Of each split that occurs, the percentage of expressions whose picked proposal has an IoU of at least 0.5.
+
+    rows: dicts with split, bbox (the true one, [x, y, width, height]), dets (proposals), height, width (pixels); cams: for each
+    row its map (h, w). Returns SPLIT_d under ALBEF's names (val_d, testA_d, testB_d), and two floors [ours]:
+    chance_SPLIT_d, a proposal drawn at random (the mean share of right ones), and uniform_SPLIT_d, a map that is the
+    same everywhere.
+    """
+
+    def is_right(row, box):
+        return box is not None and box_iou(row["bbox"], box) >= 0.5
+
+    splits = {}
+    for row, cam in zip(rows, cams, strict=True):
+        maps = (cam, torch.ones(row["height"], row["width"]))
+        picked, uniform = (pick_proposal(m, row["dets"], row["height"], row["width"]) for m in maps)
+        chance = np.mean([is_right(row, box) for box in row["dets"] or [None]])
+        splits.setdefault(row["split"], []).append((is_right(row, picked), chance, is_right(row, uniform)))
+    metrics = {}
+    for split, results in splits.items():
+        names = (f"{split}_d", f"chance_{split}_d", f"uniform_{split}_d")
+        metrics |= dict(zip(names, (100 * np.mean(results, axis=0)).tolist()))
+    return metrics
+
+
+def classification_metrics(predictions, labels, names) -> dict[str, float]:
+    """Accuracy of NLVR2 and entailment, in percent.
+
+    predictions, labels (N,): class numbers, N > 0; names: of the classes, by number. Returns accuracy, its
+    standard_error, majority (share of the most frequent label), accuracy_NAME of each class that occurs, and items (N).
+    ValueError for other sizes.
+    """
+    predictions, labels = np.asarray(predictions), np.asarray(labels)
+    if predictions.shape != labels.shape or not labels.size:
+        raise ValueError(f"predictions {predictions.shape} and labels {labels.shape} are not of one size above 0")
+    right, counts = predictions == labels, np.bincount(labels, minlength=len(names))
+    share = float(right.mean())
+    metrics = {
+        "accuracy": 100 * share,
+        "standard_error": 100 * math.sqrt(share * (1 - share) / len(labels)),
+        "majority": 100 * float(counts.max()) / len(labels),
+    }
+    for number, name in enumerate(names):
+        if counts[number]:
+            metrics[f"accuracy_{name}"] = 100 * float(right[labels == number].mean())
+    return metrics | {"items": len(labels)}
+
+
+def task_batches(rows, tokenize, config, device):
+    """Yield (indices, image, tokens) of this process's share of rows with image or images (NLVR2), and text."""
+    mine = list(range(rank(), len(rows), world_size()))
+    paths = [row.get("images", [row.get("image")]) for row in rows]
+    many = len(paths[0])
+    flat, wanted = sum(paths, []), [many * i + j for i in mine for j in range(many)]
+    with autocast(config, device):
+        for numbers, image in image_batches(flat, wanted, config, device, many):
+            indices = [number // many for number in numbers[::many]]
+            text = to_device(tokenize([rows[i]["text"] for i in indices]), device)
+            yield indices, image if many == 1 else image.unflatten(0, (-1, many)), text
+
+
+def share(values):
+    """values that each process has filled at its own rows, 0 elsewhere, complete on all of them."""
+    if world_size() > 1:
+        dist.all_reduce(values)
+    return values
+
+
+@torch.no_grad()
+def classify(model, rows, names, tokenize, config):
+    """NLVR2 and entailment: classification_metrics of data.load_nlvr2's or load_entailment's rows."""
+    device = next(model.parameters()).device
+    predictions = torch.zeros(len(rows), dtype=torch.int64, device=device)
+    for indices, image, text in task_batches(rows, tokenize, config, device):
+        logits = model.logits(model.encoders, image, text["input_ids"], text["attention_mask"])
+        predictions[indices] = logits.argmax(1)
+    return classification_metrics(share(predictions).tolist(), [row["label"] for row in rows], names)
+
+
+@torch.no_grad()
+def answer_questions(model, rows, answers, tokenize, config):
+    """VQA: the best of a list of answers to each of data.load_vqa's rows, a list of strings. [ALBEF]"""
+    device = next(model.parameters()).device
+    best = torch.zeros(len(rows), dtype=torch.int64, device=device)
+    candidates = tokenize(answers, end=True)
+    candidates = candidates["input_ids"].to(device), candidates["attention_mask"].to(device)
+    for indices, image, text in task_batches(rows, tokenize, config, device):
+        question = image, text["input_ids"], text["attention_mask"]
+        best[indices] = model.rank_answers(*question, *candidates, config.eval.answers_top_k)[0][:, 0]
+    return [answers[i] for i in share(best).tolist()]
+
+
+def vqa_metrics(rows, chosen):
+    """Mean vqa_accuracy of the rows that have answers, its standard error, and the mean of each kind of question."""
+    scores = {}
+    for row, answer in zip(rows, chosen):
+        if row["answers"]:
+            for kind in ("accuracy", f"accuracy_{row['kind']}")[: 2 if "kind" in row else 1]:
+                scores.setdefault(kind, []).append(vqa_accuracy(answer, row["answers"]))
+    if not scores:
+        return {}
+    error = float(np.std(scores["accuracy"])) / math.sqrt(len(scores["accuracy"]))
+    means = {kind: float(np.mean(values)) for kind, values in sorted(scores.items())}
+    return means | {"standard_error": error, "items": len(scores["accuracy"])}
+
+
+def ground(model, rows, tokenize, config):
+    """RefCOCO+: grounding_accuracy of data.load_grounding's rows, by G averaged over all attended tokens. [ALBEF]"""
+    device, grid = model.temp.device, model.encoders.vision.grid
+    cams = torch.zeros(len(rows), grid * grid, device=device)
+    for indices, image, text in task_batches(rows, tokenize, config, device):
+        mask = text["attention_mask"][:, :, None]
+        cams[indices] = (token_attention(model, image, text, config) * mask).sum(1) / mask.sum(1)
+    return grounding_accuracy(rows, share(cams).cpu().unflatten(1, (grid, grid)))
+
+
+def evaluate(task, model, tokenizer, config, split, out):
+    """The figures of a fine-tuned model on one split, "val" or "test"; {} where the settings name no file for it.
+
+    config: with the task's image size as the model's, see data.task_settings. VQA also writes out/answers_SPLIT.json,
+    every question once, as the evaluation server takes it.
+    """
+    model.eval()
+    files = data.task_files(config, task)
+    file = getattr(files, split)
+    if file is None:
+        return {}
+    # ALBEF cuts captions alone in evaluation
+    max_tokens = config.retrieval.max_tokens if task == "retrieval" else config.model.max_positions
+    tokenize = functools.partial(softmask.tokenize, tokenizer, max_tokens=max_tokens)
+    if task == "retrieval":
+        return retrieval(model, tokenize, file, files.image_root, config)
+    if task == "grounding":
+        return ground(model, data.load_grounding(file, config), tokenize, config)
+    if task == "vqa":
+        rows = data.load_vqa(file, config)
+        chosen = answer_questions(model, rows, data.load_answers(files.answers), tokenize, config)
+        if rank() == 0:
+            results = [{"question_id": row["question_id"], "answer": answer} for row, answer in zip(rows, chosen)]
+            data.write_atomically(os.path.join(out, f"answers_{split}.json"), json.dumps(results).encode())
+        return vqa_metrics(rows, chosen)
+    if task == "nlvr2":
+        return classify(model, data.load_nlvr2(file, config), ("false", "true"), tokenize, config)
+    return classify(model, data.load_entailment(file, config), data.ENTAILMENT_LABELS, tokenize, config)
+
+
+def score(task, metrics) -> float:
+    """The one figure by which the best epoch is chosen: R mean of the re-ranked, accuracy, or that of val_d. [ALBEF]"""
+    if task == "retrieval":
+        return metrics["reranked"]["r_mean"]
+    return metrics["accuracy"] if "accuracy" in metrics else np.mean([v for k, v in metrics.items() if k.count("_") == 1])
 
 
 def evaluate_pretrained(model, tokenizer, config, out, split="test"):
     """All figures of a pre-trained model; on the scenes also a sheet of soft masks, out/masks.png.
 
-    Process 0 alone measures grounding and foils; all processes share the retrieval.
+    Process 0 alone measures pointing and foils; all processes share the retrieval.
     """
     model.eval()
     settings = config.data.retrieval_sets[config.data.retrieval]
     file = getattr(settings, split)
-    if not os.path.isfile(file):
+    if file is None or not os.path.isfile(file):
         print(f"no evaluation: data.retrieval_sets.{config.data.retrieval}.{split}: {file} is missing", file=sys.stderr)
         return {}
-    metrics = retrieval(model, tokenizer, file, settings.image_root, config)
+    max_tokens = config.pretrain.max_tokens
+    tokenize = functools.partial(softmask.tokenize, tokenizer, max_tokens=max_tokens)
+    found = retrieval(model, tokenize, file, settings.image_root, config)
+    metrics = {"zero_shot": found["itc"], "reranked": found["reranked"]}
     if rank() > 0:
         return metrics
     # the last fusion layer has no word attention, so an only one has none either
     if config.data.grounding_boxes is not None and len(model.encoders.fusion.layers) > 1:
-        rows = read_rows(config.data.grounding_boxes)
+        rows = data.read_json(config.data.grounding_boxes)
         side = config.data.scenes.image_size
-        metrics["grounding"] = grounding_metrics(model, tokenizer, rows, settings.image_root, side, config)
+        metrics["pointing"] = pointing_metrics(model, tokenize, rows, settings.image_root, side, config)
         pairs = [(data.join_image_path(settings.image_root, row["image"]), row["caption"]) for row in rows]
         if config.eval.pictures:
-            draw_masks(model, tokenizer, pairs[: config.eval.pictures], config, os.path.join(out, "masks.png"))
+            api = softmask.Pretrained(model, tokenizer, max_tokens, config.data.max_words)
+            draw_masks(api, pairs[: config.eval.pictures], os.path.join(out, "masks.png"))
     if config.data.foils is not None:
-        rows = read_rows(config.data.foils)
-        metrics["foils"] = foil_metrics(model, tokenizer, rows, settings.image_root, config)
+        rows = data.read_json(config.data.foils)
+        metrics["foils"] = foil_metrics(model, tokenize, rows, settings.image_root, config)
     return metrics
 
 
 def format_metrics(metrics: dict) -> str:
     """The results as a table to read."""
     lines = []
-    if "zero_shot" in metrics:
+    if "reranked" in metrics:
         names = ("txt_r1", "txt_r5", "txt_r10", "img_r1", "img_r5", "img_r10")
         lines.append(f"{'retrieval, %':26}" + "".join(f"{name:>9}" for name in names) + f"{'mean R@1':>10}")
-        for kind, title in (("zero_shot", "by ITC"), ("reranked", "re-ranked by ITM")):
-            values = metrics[kind]
+        for title, kinds in (("by ITC", ("zero_shot", "itc")), ("re-ranked by ITM", ("reranked",))):
+            values = next(metrics[kind] for kind in kinds if kind in metrics)
             mean = (values["txt_r1"] + values["img_r1"]) / 2
             lines.append(f"  {title:24}" + "".join(f"{values[name]:9.1f}" for name in names) + f"{mean:10.1f}")
-    if "grounding" in metrics:
-        g = metrics["grounding"]
+    if "pointing" in metrics:
+        g = metrics["pointing"]
         lines += [
             f"{'word attention, %':26}{'own box':>9}{'others':>9}{'ratio':>9}{'box area':>10}",
             f"  {'largest patch':24}{g['hit_own']:9.1f}{g['hit_other']:9.1f}{g['ratio']:9.2f}{g['area_own']:10.1f}",
@@ -314,6 +569,11 @@ def format_metrics(metrics: dict) -> str:
         lines.append(f"{'foils told apart, %':26}" + "".join(f"{kind:>14}" for kind in metrics["foils"]))
         values = "".join(f"{v['accuracy']:8.1f} ± {v['standard_error']:3.1f}" for v in metrics["foils"].values())
         lines.append(f"  {'chance 50, ± 1 s.e.':24}{values}")
+    plain = {name: value for name, value in metrics.items() if isinstance(value, (int, float))}
+    lines += [f"{name:26}{value:9.1f}" if isinstance(value, float) else f"{name:26}{value:9}" for name, value in plain.items()]
+    for name in ("val", "test"):
+        if isinstance(metrics.get(name), dict) and metrics[name]:
+            lines += [f"{name}:", *("  " + line for line in format_metrics(metrics[name]).splitlines())]
     return "\n".join(lines)
 
 
@@ -325,12 +585,12 @@ def heat(value):
     return (np.clip(np.stack([3 * value, 3 * value - 1, 3 * value - 2], -1), 0, 1) * 255).astype(np.uint8)
 
 
-def draw_masks(model, tokenizer, pairs, config, path, side=192):
+def draw_masks(api, pairs, path, side=192):
     """A sheet of pictures: a row a pair, the image, then for each word its soft mask laid over the image.
 
-    pairs: (image path, text). Bright = relevant = hidden most in the soft-masked image. Written as PNG to path.
+    api: softmask.Pretrained; pairs: (image path, text). Bright = relevant = hidden most in the soft-masked image. Written
+    as PNG to path.
     """
-    api = softmask.Pretrained(model, tokenizer, config.data.max_tokens, config.data.max_words)
     rows = []
     font = ImageFont.load_default(14)
     for image_path, text in pairs:
@@ -368,19 +628,29 @@ def draw_masks(model, tokenizer, pairs, config, path, side=192):
 # The command line
 
 
-def load(path, device):
-    """A checkpoint that train.py wrote as softmask.Pretrained and as a dict; prints a line that says what it is."""
-    path = softmask.checkpoint_path(path)
-    checkpoint = softmask.read_checkpoint(path)
-    api = softmask.from_pretrained(path, device)
-    files = ", ".join(checkpoint["config"]["data"]["pretrain_files"])
+def describe(path, checkpoint):
+    """Print a line that says what a checkpoint is."""
+    config, task = checkpoint["config"], checkpoint["task"]
+    files = ", ".join(data.task_files(data.config_from_dict(config, path), task).train)
     print(
-        f"{path}: {checkpoint['task']}, step {checkpoint['step']}, epoch {checkpoint['epoch']:.1f}, "
-        f"{checkpoint['config']['model']['image_size']} px, seed {checkpoint['config']['seed']}, commit "
+        f"{path}: {task}, step {checkpoint['step']}, epoch {checkpoint['epoch']:.1f}, "
+        f"{config[task]['image_size'] or config['model']['image_size']} px, seed {config['seed']}, commit "
         f"{checkpoint['commit']}, from {files}",
         file=sys.stderr,
     )
-    return api, checkpoint
+
+
+def load_for(task, path, device):
+    """The model of a checkpoint for a task, and its tokenizer and dict: as load_trained's, of pre-training also for
+    retrieval and grounding, which need nothing more."""
+    path = softmask.checkpoint_path(path)
+    model, tokenizer, checkpoint = softmask.load_trained(path, device)
+    describe(path, checkpoint)
+    if task != checkpoint["task"] and not (
+        task in ("pretrain", "retrieval", "grounding") and isinstance(model, softmask.PretrainModel)
+    ):
+        raise data.InputError(f"{path} is of task {checkpoint['task']}; {task} wants one of its own: python train.py {task}")
+    return model, tokenizer, checkpoint
 
 
 def main(arguments):
@@ -395,16 +665,18 @@ def main(arguments):
     options = parser.parse_intermixed_args(arguments)
     overrides = [word for word in options.words if "=" in word]
     task, *rest = [word for word in options.words if "=" not in word] or [""]
-    if rest or task not in ("pretrain", "masks"):
-        raise data.InputError(f"{' '.join([task, *rest])!r} is none of pretrain, masks")
+    tasks = [name for name in data.TASKS if name != "nlvr2_pretrain"] + ["masks"]
+    if rest or task not in tasks:
+        raise data.InputError(f"{' '.join([task, *rest])!r} is none of {', '.join(tasks)}")
     config = data.load_config(options.scale, overrides)
     join_processes(config)
     if task != "masks" or options.image is None:  # one's own image needs no scenes
         config = with_scenes(config)
-    path = options.checkpoint or os.path.join("out", options.scale, "pretrain")
-    api, checkpoint = load(path, resolve_device(config))
+    path = options.checkpoint or os.path.join("out", options.scale, "pretrain" if task == "masks" else task)
+    model, tokenizer, checkpoint = load_for("pretrain" if task == "masks" else task, path, resolve_device(config))
     # the weights fix the model; the command line the data and how to evaluate
     fixed = {name: checkpoint["config"][name] for name in ("model", "method")}
+    fixed["model"] = fixed["model"] | {"image_size": model.encoders.vision.grid * model.encoders.vision.patch_size}
     config = data.config_from_dict(data.config_to_dict(config) | fixed, path)
     folder = path if os.path.isdir(path) else os.path.dirname(path)
     if task == "masks":
@@ -419,12 +691,16 @@ def main(arguments):
             raise data.InputError(f"masks: scale {options.scale} has no scenes; give --image and --text")
         else:
             root = config.data.retrieval_sets[config.data.retrieval].image_root
-            rows = read_rows(config.data.grounding_boxes)[: config.eval.pictures]
+            rows = data.read_json(config.data.grounding_boxes)[: config.eval.pictures]
             pairs = [(data.join_image_path(root, row["image"]), row["caption"]) for row in rows]
-        draw_masks(api.model, api.tokenizer, pairs, config, target)
+        max_tokens = checkpoint["config"][checkpoint["task"]]["max_tokens"]
+        draw_masks(softmask.Pretrained(model, tokenizer, max_tokens, config.data.max_words), pairs, target)
         print(target)
         return
-    metrics = evaluate_pretrained(api.model, api.tokenizer, config, folder, options.split)
+    if task == "pretrain":
+        metrics = evaluate_pretrained(model, tokenizer, config, folder, options.split)
+    else:
+        metrics = evaluate(task, model, tokenizer, config, options.split, folder)
     if rank() == 0:
         print(format_metrics(metrics))
 

@@ -234,7 +234,9 @@ class TextLayer(nn.Module):
         self.mlp = Mlp(dim, 4 * dim)
         self.mlp_norm = nn.LayerNorm(dim, eps=1e-12)
 
-    def forward(self, x, mask, keys_values=None, image_index=None, return_probs: bool = False, cls_only: bool = False):
+    def forward(
+        self, x, mask, keys_values=None, image_index=None, keys_mask=None, return_probs: bool = False, cls_only: bool = False
+    ):
         """x (R, L, D), mask (R, 1, L or 1, L) bool; the others: see FusionEncoder. Returns x, probs."""
         probs = None
         keys, values = self.self_attention.keys_values(x)
@@ -248,9 +250,10 @@ class TextLayer(nn.Module):
                 image_index = torch.arange(len(keys), device=x.device).repeat_interleave(len(x) // len(keys))
             if image_index is not None:
                 keys, values = keys.index_select(0, image_index), values.index_select(0, image_index)  # (R, H, 1 + N, d)
+                keys_mask = None if keys_mask is None else keys_mask[image_index]
             elif len(keys) != len(x):
                 query = x.reshape(len(keys), -1, x.shape[-1])  # (R, L, D) -> (I, R / I * L, D): one long query an image
-            attended, probs = self.cross_attention(query, keys, values, return_probs=return_probs)
+            attended, probs = self.cross_attention(query, keys, values, keys_mask, return_probs)
             x = self.cross_norm(x + self.dropout(attended.reshape(x.shape)))
         return self.mlp_norm(x + self.dropout(self.mlp(x))), probs
 
@@ -291,14 +294,26 @@ class FusionEncoder(nn.Module):
     Copy with: Attention, Mlp, TextLayer, init_weights, text_init_std.
     """
 
-    def __init__(self, width: int, image_width: int, num_layers: int, num_heads: int, dropout: float):
+    def __init__(
+        self, width: int, image_width: int, num_layers: int, num_heads: int, dropout: float, images_per_text: int = 1
+    ):
+        """images_per_text: with 2 (NLVR2) each layer becomes a pair that shares its key and value projections. [ALBEF]"""
         super().__init__()
-        self.layers = nn.ModuleList(TextLayer(width, num_heads, dropout, image_width) for _ in range(num_layers))
+        self.images_per_text = images_per_text
+        count = num_layers * images_per_text
+        self.layers = nn.ModuleList(TextLayer(width, num_heads, dropout, image_width) for _ in range(count))
         self.apply(functools.partial(init_weights, std=text_init_std(width)))
+        for i, layer in enumerate(self.layers):
+            first = self.layers[i - i % images_per_text].cross_attention
+            layer.cross_attention.key, layer.cross_attention.value = first.key, first.value
 
-    def keys_values(self, image_embeds):
-        """Per fusion layer the keys and values, each (I, H, 1 + N, D / H), of image_embeds (I, 1 + N, D)."""
-        return [layer.cross_attention.keys_values(image_embeds) for layer in self.layers]
+    def keys_values(self, *image_embeds):
+        """Per fusion layer the keys and values, each (I, H, 1 + N, D / H), of image_embeds (I, 1 + N, D).
+
+        Of several sets of images, layer i reads number i % sets. [ALBEF] for NLVR2
+        """
+        sets = len(image_embeds)
+        return [layer.cross_attention.keys_values(image_embeds[i % sets]) for i, layer in enumerate(self.layers)]
 
     def soft_mask_keys_values(self, keys_values, mask):
         """Keys and values of soft-masked images, v~ = (1 - m) v per patch, [CLS] unchanged. [paper]; 1 - m: [ours]
@@ -312,11 +327,13 @@ class FusionEncoder(nn.Module):
         ]
 
     def forward(
-        self, text_embeds, attention_mask, keys_values, image_index=None, attention_layer: int | None = None, cls_only=False
-    ):
+        self, text_embeds, attention_mask, keys_values, image_index=None, attention_layer: int | None = None,
+        cls_only: bool = False, keys_mask=None,
+    ):  # fmt: skip
         """Fuse R texts with the images they read.
 
-        text_embeds (R, L, D); attention_mask (R, L); keys_values: per layer two tensors (I, H, 1 + N, D / H).
+        text_embeds (R, L, D); attention_mask (R, L), or (R, L, L) where tokens differ in what they may attend;
+        keys_values: per layer two tensors (I, H, 1 + N, D / H); keys_mask (I, 1 + N): which of them may be attended.
         image_index (R,) int64: the image each row reads. None: rows are laid out image by image, R / I rows each.
         attention_layer: also return that layer's cross-attention probabilities.
         cls_only: the last layer makes the state of [CLS] alone, all that a match score reads; the same number, sooner.
@@ -325,11 +342,12 @@ class FusionEncoder(nn.Module):
         if image_index is None and len(text_embeds) % len(keys_values[0][0]):
             raise ValueError(f"{len(text_embeds)} rows cannot be shared out evenly to {len(keys_values[0][0])} images")
         attention = None
-        mask = attention_mask[:, None, None, :].bool()
+        mask = (attention_mask if attention_mask.ndim == 3 else attention_mask[:, None])[:, None].bool()
+        keys_mask = None if keys_mask is None else keys_mask[:, None, None, :].bool()
         x = text_embeds
         for i, layer in enumerate(self.layers):
             short = cls_only and i == len(self.layers) - 1
-            x, probs = layer(x, mask, keys_values[i], image_index, i == attention_layer, short)
+            x, probs = layer(x, mask, keys_values[i], image_index, keys_mask, i == attention_layer, short)
             attention = probs if i == attention_layer else attention
         return x, attention
 
@@ -349,32 +367,49 @@ class MlmHead(nn.Module):
         return F.linear(self.norm(F.gelu(self.dense(states))), word_embeddings, self.bias)
 
 
+class AnswerDecoder(nn.Module):
+    """Answers, token by token, from the fused states of a question: causal, reading them by cross-attention. [ALBEF]
+
+    Copy with: Attention, Mlp, TextLayer, TextEncoder, FusionEncoder, MlmHead, init_weights, text_init_std.
+    """
+
+    def __init__(self, vocab_size: int, max_positions: int, width: int, num_layers: int, num_heads: int, dropout: float):
+        super().__init__()
+        self.text = TextEncoder(vocab_size, max_positions, width, 0, num_heads, dropout)  # the embeddings alone
+        self.fusion = FusionEncoder(width, width, num_layers, num_heads, dropout)
+        self.mlm_head = MlmHead(width, vocab_size)
+
+    def forward(self, answer_ids, answer_mask, keys_values, question_mask, question_index=None):
+        """Vocabulary logits (A, L, V): at each position those of the next token.
+
+        answer_ids, answer_mask (A, L); keys_values: fusion.keys_values of the fused states of I questions;
+        question_mask (I, M); question_index (A,): the question each answer belongs to, or as in FusionEncoder.
+        """
+        length = answer_ids.shape[1]
+        causal = torch.ones(length, length, dtype=torch.bool, device=answer_ids.device).tril()
+        embeds = self.text(answer_ids, answer_mask)
+        states, _ = self.fusion(
+            embeds, causal & answer_mask[:, None, :].bool(), keys_values, question_index, keys_mask=question_mask
+        )
+        return self.mlm_head(states, self.text.embeddings["word"].weight)
+
+
 class Encoders(nn.Module):
     """Image, text and fusion encoder, projections and MLM head: all that has a momentum twin. [paper] Fig. 2, [ALBEF]
 
-    Every task, pre-training or not, goes through encode_image, encode_text, image_keys_values and fuse.
+    Every task, pre-training or not, goes through encode_image, encode_text, image_keys_values and fuse. A task's own
+    head that has a twin too is set as a further part: cls_head, decoder.
     """
 
     def __init__(
-        self,
-        vocab_size: int,
-        image_size: int,
-        patch_size: int,
-        vision_width: int,
-        vision_layers: int,
-        vision_heads: int,
-        text_width: int,
-        text_layers: int,
-        fusion_layers: int,
-        text_heads: int,
-        max_positions: int,
-        embed_dim: int,
-        dropout: float,
-    ):
+        self, vocab_size: int, image_size: int, patch_size: int, vision_width: int, vision_layers: int, vision_heads: int,
+        text_width: int, text_layers: int, fusion_layers: int, text_heads: int, max_positions: int, embed_dim: int,
+        dropout: float, images_per_text: int = 1,
+    ):  # fmt: skip
         super().__init__()
         self.vision = VisionTransformer(image_size, patch_size, vision_width, vision_layers, vision_heads)
         self.text = TextEncoder(vocab_size, max_positions, text_width, text_layers, text_heads, dropout)
-        self.fusion = FusionEncoder(text_width, vision_width, fusion_layers, text_heads, dropout)
+        self.fusion = FusionEncoder(text_width, vision_width, fusion_layers, text_heads, dropout, images_per_text)
         self.image_proj = nn.Linear(vision_width, embed_dim)
         self.text_proj = nn.Linear(text_width, embed_dim)
         self.mlm_head = MlmHead(text_width, vocab_size)
@@ -395,9 +430,9 @@ class Encoders(nn.Module):
         """text_embeds (B, L, D) -> text_feat (B, P), float32, of length 1."""
         return F.normalize(self.text_proj(text_embeds[:, 0]).float(), dim=-1)
 
-    def image_keys_values(self, image_embeds):
+    def image_keys_values(self, *image_embeds):
         """What the fusion layers read of each image, projected once: see FusionEncoder.keys_values."""
-        return self.fusion.keys_values(image_embeds)
+        return self.fusion.keys_values(*image_embeds)
 
     def fuse(self, text_embeds, attention_mask, keys_values, image_index=None, attention_layer=None, cls_only=False):
         """Fused states (R, L, D) and the cross-attention of attention_layer: see FusionEncoder.forward."""
@@ -507,15 +542,32 @@ def itm_loss(logits, labels):
     return total / (labels != -100).sum().clamp_min(1)
 
 
-def mlm_loss(logits, logits_m, labels, alpha):
-    """Masked language modelling at the masked positions, distilled from the twin. [ALBEF] Eq. 7
+def distilled_cross_entropy(logits, logits_m, labels, alpha):
+    """Cross-entropy with the labels and with the twin's softmax, weighted 1 - alpha and alpha. [ALBEF] Eq. 7
 
-    logits, logits_m (M, V); labels (M,) int64; alpha in [0, 1]. The mean over M; 0 where no token is masked.
+    logits, logits_m (..., V); labels (...) int64, -100 left out (0); alpha in [0, 1]. Returns (...).
     """
     log_p = logits.float().log_softmax(-1)
     soft = -(logits_m.float().softmax(-1) * log_p).sum(-1)
-    hard = F.nll_loss(log_p, labels, reduction="none")
-    return ((1 - alpha) * hard + alpha * soft).sum() / max(len(labels), 1)
+    hard = -log_p.gather(-1, labels.clamp_min(0)[..., None]).squeeze(-1)
+    return ((1 - alpha) * hard + alpha * soft) * (labels != -100)
+
+
+def mlm_loss(logits, logits_m, labels, alpha):
+    """Masked language modelling at the M masked positions, distilled. [ALBEF] Copy with: distilled_cross_entropy.
+
+    Arguments as there, with one axis M. The mean over M; 0 where no token is masked.
+    """
+    return distilled_cross_entropy(logits, logits_m, labels, alpha).sum() / max(len(labels), 1)
+
+
+def answer_loss(logits, logits_m, answer_ids, answer_mask, alpha):
+    """Cross-entropy of each answer's tokens after the first, distilled and summed. [ALBEF] Copy with: distilled_...
+
+    logits, logits_m (A, L, V) of AnswerDecoder; answer_ids, answer_mask (A, L). Returns (A,).
+    """
+    labels = answer_ids.masked_fill(answer_mask == 0, -100)[:, 1:]
+    return distilled_cross_entropy(logits[:, :-1], logits_m[:, :-1], labels, alpha).sum(1)
 
 
 def itm_accuracy(logits, labels):
@@ -589,50 +641,21 @@ def soft_mask(cam, picked):
 # Pre-training
 
 
-class PretrainModel(nn.Module):
-    """SoftMask++ pre-training: focal ITC, ITM, soft-masked ITM and MLM on one batch of pairs. [paper] Fig. 2
+class Distilled(nn.Module):
+    """Encoders and their momentum twin: what the models of all tasks share. [ALBEF]
 
-    With soft_mask False, focal_gamma 0, mask_text_for "mlm" and no image_ids this is ALBEF.
-    attention_layer: fusion layer of the word attention, from 0; None: (fusion_layers - 1) // 2, the third of six [ALBEF].
-    mask_text_for: "all": masked text enters ITC, ITM and MLM [paper]; "mlm": MLM alone [ALBEF].
-    soft_mask_negatives: no-match pairs with soft-masked images join the soft-masked ITM [ours].
-    The queues are buffers: image_queue, text_queue (K, P), queue_ids (K,), and queue_written, the number of features
-    ever written; they start empty, and what was never written is no negative. [ours; ALBEF's start as random vectors]
+    unused: parts of the encoders that the task leaves alone; they take no gradient, which
+    DistributedDataParallel would wait for.
     """
 
-    def __init__(
-        self,
-        encoders: Encoders,
-        queue_size: int,
-        momentum: float,
-        temp: float,
-        soft_mask: bool,
-        soft_mask_negatives: bool,
-        attention_layer: int | None,
-        focal_gamma: float,
-        mask_text_for: str,
-    ):
+    def __init__(self, encoders: Encoders, momentum: float, unused: tuple[str, ...] = ()):
         super().__init__()
-        fusion_layers = len(encoders.fusion.layers)
-        self.attention_layer = (fusion_layers - 1) // 2 if attention_layer is None else attention_layer
-        if soft_mask:
-            check_attention_layer(self.attention_layer, fusion_layers)
-        if mask_text_for not in ("all", "mlm"):
-            raise ValueError(f'mask_text_for is {mask_text_for!r}, must be "all" or "mlm"')
+        self.unused = unused
+        for name in unused:
+            getattr(encoders, name).requires_grad_(False)
         self.momentum = momentum
-        self.soft_mask = soft_mask
-        self.soft_mask_negatives = soft_mask_negatives
-        self.focal_gamma = focal_gamma
-        self.mask_text_for = mask_text_for
         self.encoders = encoders
         self.encoders_m = make_twin(encoders)
-        self.itm_head = nn.Linear(encoders.text_proj.in_features, 2)
-        self.temp = nn.Parameter(torch.tensor(temp))
-        feat = encoders.image_proj.out_features
-        self.register_buffer("image_queue", torch.zeros(queue_size, feat))
-        self.register_buffer("text_queue", torch.zeros(queue_size, feat))
-        self.register_buffer("queue_ids", torch.full((queue_size,), -100))
-        self.register_buffer("queue_written", torch.tensor(0))
 
     def train(self, mode: bool = True):
         super().train(mode)
@@ -642,6 +665,42 @@ class PretrainModel(nn.Module):
     def update_twin(self):
         """Move the twin towards the student: once before each optimizer step's forward pass. [ALBEF]"""
         update_twin(self.encoders_m, self.encoders, self.momentum)
+
+
+class PretrainModel(Distilled):
+    """SoftMask++ pre-training: focal ITC, ITM, soft-masked ITM and MLM on one batch of pairs. [paper] Fig. 2
+
+    With soft_mask False, focal_gamma 0, mask_text_for "mlm" and no image_ids this is ALBEF. With mask_text_for None there
+    is no MLM: what is left, ITC and ITM, fine-tunes for retrieval and grounding. [ALBEF] model_retrieval.py
+    attention_layer: fusion layer of the word attention, from 0; None: (fusion_layers - 1) // 2, the third of six [ALBEF].
+    mask_text_for: "all": masked text enters ITC, ITM and MLM [paper]; "mlm": MLM alone [ALBEF].
+    soft_mask_negatives: no-match pairs with soft-masked images join the soft-masked ITM [ours].
+    The queues are buffers: image_queue, text_queue (K, P), queue_ids (K,), and queue_written, the number of features
+    ever written; they start empty, and what was never written is no negative. [ours; ALBEF's start as random vectors]
+    """
+
+    def __init__(
+        self, encoders: Encoders, queue_size: int, momentum: float, temp: float, soft_mask: bool, soft_mask_negatives: bool,
+        attention_layer: int | None, focal_gamma: float, mask_text_for: str | None,
+    ):  # fmt: skip
+        super().__init__(encoders, momentum, () if mask_text_for else ("mlm_head",))
+        fusion_layers = len(encoders.fusion.layers)
+        self.attention_layer = (fusion_layers - 1) // 2 if attention_layer is None else attention_layer
+        if soft_mask:
+            check_attention_layer(self.attention_layer, fusion_layers)
+        if mask_text_for not in ("all", "mlm", None):
+            raise ValueError(f'mask_text_for is {mask_text_for!r}, must be "all", "mlm" or None')
+        self.soft_mask = soft_mask
+        self.soft_mask_negatives = soft_mask_negatives
+        self.focal_gamma = focal_gamma
+        self.mask_text_for = mask_text_for
+        self.itm_head = nn.Linear(encoders.text_proj.in_features, 2)
+        self.temp = nn.Parameter(torch.tensor(temp))
+        feat = encoders.image_proj.out_features
+        self.register_buffer("image_queue", torch.zeros(queue_size, feat))
+        self.register_buffer("text_queue", torch.zeros(queue_size, feat))
+        self.register_buffer("queue_ids", torch.full((queue_size,), -100))
+        self.register_buffer("queue_written", torch.tensor(0))
 
     @torch.no_grad()
     def enqueue(self, image_feat_m, text_feat_m, image_ids):
@@ -732,18 +791,20 @@ class PretrainModel(nn.Module):
         plain, soft = slice(0, 3 * size), slice(3 * size, None)
         loss_itm, loss_soft_itm = itm_loss(logits[plain], labels[plain]), itm_loss(logits[soft], labels[soft])
 
+        losses = {"itc": loss_itc, "itm": loss_itm}
+
         # MLM: the same pass, unless the text is masked for it alone
         if self.mask_text_for == "mlm":
             text_embeds = student.encode_text(masked_ids, attention_mask)
             fused, _ = student.fuse(text_embeds, attention_mask, keys_values)
-        with torch.no_grad():
-            if self.mask_text_for == "mlm":
-                text_embeds_m = twin.encode_text(masked_ids, attention_mask)
-            fused_m, _ = twin.fuse(text_embeds_m, attention_mask, twin.image_keys_values(image_embeds_m))
-            mlm_logits_m = twin.mlm_logits(fused_m[masked])  # (M, V)
-        loss_mlm = mlm_loss(student.mlm_logits(fused[masked]), mlm_logits_m, mlm_labels[masked], alpha)
+        if self.mask_text_for is not None:
+            with torch.no_grad():
+                if self.mask_text_for == "mlm":
+                    text_embeds_m = twin.encode_text(masked_ids, attention_mask)
+                fused_m, _ = twin.fuse(text_embeds_m, attention_mask, twin.image_keys_values(image_embeds_m))
+                mlm_logits_m = twin.mlm_logits(fused_m[masked])  # (M, V)
+            losses["mlm"] = mlm_loss(student.mlm_logits(fused[masked]), mlm_logits_m, mlm_labels[masked], alpha)
 
-        losses = {"itc": loss_itc, "itm": loss_itm, "mlm": loss_mlm}
         stats = {"itm_accuracy": itm_accuracy(logits[plain].detach(), labels[plain]), "temp": self.temp.detach().clone()}
         if self.soft_mask:
             losses["soft_itm"] = loss_soft_itm
@@ -752,19 +813,145 @@ class PretrainModel(nn.Module):
         return losses, stats, (image_feat_m, text_feat_m, image_ids)
 
 
-def build_pretrain_model(vocab_size: int, model: dict, method: dict) -> PretrainModel:
-    """The pre-training model of config.yaml's sections `model` and `method`, given as plain dicts."""
-    encoders = Encoders(
-        vocab_size, model["image_size"], model["patch_size"],
-        model["vision_width"], model["vision_layers"], model["vision_heads"],
-        model["text_width"], model["text_layers"], model["fusion_layers"], model["text_heads"],
-        model["max_positions"], model["embed_dim"], model["dropout"],
-    )  # fmt: skip
-    return PretrainModel(
-        encoders, method["queue_size"], method["momentum"], method["temp"],
-        method["soft_mask"], method["soft_mask_negatives"], method["attention_layer"],
-        method["focal_gamma"], method["mask_text_for"],
-    )  # fmt: skip
+# Downstream models: ALBEF's losses, on clean text, with neither soft mask nor focal factor [ours: the paper's way is unknown]
+
+
+class ClassifierModel(Distilled):
+    """The class of a text with one image (SNLI-VE) or with two (NLVR2). [ALBEF] model_ve.py, model_nlvr.py"""
+
+    def __init__(self, encoders: Encoders, num_classes: int, momentum: float):
+        width = encoders.text_proj.in_features
+        encoders.cls_head = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, num_classes))
+        super().__init__(encoders, momentum, ("image_proj", "text_proj", "mlm_head"))
+
+    def logits(self, encoders, image, input_ids, attention_mask):
+        """image (B, 3, S, S), or (B, 2, 3, S, S): left, right; returns (B, classes), float32."""
+        images = image.unbind(1) if image.ndim == 5 else [image]
+        keys_values = encoders.image_keys_values(*map(encoders.encode_image, images))
+        text_embeds = encoders.encode_text(input_ids, attention_mask)
+        fused, _ = encoders.fuse(text_embeds, attention_mask, keys_values, cls_only=True)
+        return encoders.cls_head(fused[:, 0]).float()
+
+    def forward(self, image, input_ids, attention_mask, labels, alpha: float):
+        """labels (B,) int64; alpha: weight of the twin's targets. Returns the losses {cls} and statistics."""
+        logits = self.logits(self.encoders, image, input_ids, attention_mask)
+        with torch.no_grad():
+            logits_m = self.logits(self.encoders_m, image, input_ids, attention_mask)
+        loss = distilled_cross_entropy(logits, logits_m, labels, alpha).mean()
+        return {"cls": loss}, {"accuracy": (logits.argmax(1) == labels).float().mean()}
+
+
+class TextAssignmentModel(nn.Module):
+    """Pre-training for NLVR2: does a text belong to the left image, the right one, or neither? [ALBEF] model_pretrain_nlvr.py
+
+    There is no twin. encoders: with images_per_text 2.
+    """
+
+    def __init__(self, encoders: Encoders, temp: float):
+        super().__init__()
+        self.temp, self.unused = temp, ("image_proj", "text_proj", "mlm_head")
+        for name in self.unused:
+            getattr(encoders, name).requires_grad_(False)
+        self.encoders = encoders
+        self.ta_head = nn.Linear(encoders.text_proj.in_features, 3)
+
+    def update_twin(self):
+        """Nothing to move."""
+
+    def forward(self, image, input_ids, attention_mask, image_ids, generator=None):
+        """image (B, 3, S, S) and their texts; images of other image_ids (B,) are drawn beside them, the similar more often.
+
+        Returns the losses {ta} and statistics. Label 0: left, 1: right, 2: neither, each a third of the time.
+        """
+        encoders, own = self.encoders, torch.arange(len(image), device=image.device)
+        image_embeds = encoders.encode_image(image)
+        with torch.no_grad():
+            image_feat = encoders.image_feat(image_embeds)
+            different = image_ids[:, None] != image_ids[None]
+            sim = image_feat @ image_feat.T / self.temp
+            first, first_valid = hard_negatives(sim, different, generator)
+            second, second_valid = hard_negatives(sim, different & (own[None] != first[:, None]), generator)
+            labels = torch.randint(3, (len(image),), generator=generator, device=image.device)
+            left = torch.where(labels == 0, own, first)
+            right = torch.where(labels == 1, own, torch.where(labels == 0, first, second))
+            labels = torch.where(first_valid & (second_valid | (labels < 2)), labels, -100)
+        text_embeds = encoders.encode_text(input_ids, attention_mask)
+        keys_values = encoders.image_keys_values(image_embeds[left], image_embeds[right])
+        fused, _ = encoders.fuse(text_embeds, attention_mask, keys_values, cls_only=True)
+        logits = self.ta_head(fused[:, 0])
+        return {"ta": itm_loss(logits, labels)}, {"accuracy": (logits.argmax(1) == labels).float().mean()}
+
+
+class VqaModel(Distilled):
+    """Answers to questions about an image, by a decoder that reads the fused question. [ALBEF] model_vqa.py"""
+
+    def __init__(self, encoders: Encoders, decoder_layers: int, momentum: float):
+        words, positions = (encoders.text.embeddings[name].num_embeddings for name in ("word", "position"))
+        bert = encoders.fusion.layers[0]
+        encoders.decoder = AnswerDecoder(
+            words, positions, encoders.text_proj.in_features, decoder_layers, bert.self_attention.num_heads, bert.dropout.p
+        )
+        super().__init__(encoders, momentum, ("image_proj", "text_proj", "mlm_head"))
+
+    def question_keys_values(self, encoders, image, input_ids, attention_mask):
+        """What the decoder reads of each question: keys and values of its fused states."""
+        keys_values = encoders.image_keys_values(encoders.encode_image(image))
+        fused, _ = encoders.fuse(encoders.encode_text(input_ids, attention_mask), attention_mask, keys_values)
+        return encoders.decoder.fusion.keys_values(fused)
+
+    def forward(
+        self, image, input_ids, attention_mask, answer_ids, answer_mask, answer_question, answer_weights, alpha: float
+    ):
+        """B questions about image (B, 3, S, S), with A answers in all.
+
+        answer_ids, answer_mask (A, L); answer_question (A,): the question of each; answer_weights (A,).
+        Returns the losses {vqa}: the weighted sum over the answers, divided by B; and statistics.
+        """
+        question, answers = (image, input_ids, attention_mask), (answer_ids, answer_mask)
+        keys_values = self.question_keys_values(self.encoders, *question)
+        logits = self.encoders.decoder(*answers, keys_values, attention_mask, answer_question)
+        with torch.no_grad():
+            keys_values_m = self.question_keys_values(self.encoders_m, *question)
+            logits_m = self.encoders_m.decoder(*answers, keys_values_m, attention_mask, answer_question)
+        loss = (answer_weights * answer_loss(logits, logits_m, *answers, alpha)).sum() / len(image)
+        return {"vqa": loss}, {}
+
+    @torch.no_grad()
+    def rank_answers(self, image, input_ids, attention_mask, candidate_ids, candidate_mask, k: int):
+        """The k best of a fixed list of answers to each question. [ALBEF] rank_answer
+
+        candidate_ids, candidate_mask (C, L): [CLS] answer [SEP]. The k candidates whose first token is likeliest are ranked
+        by the likelihood of the whole; it counts that token twice, as ALBEF's does, on which its figures depend.
+        Returns index (B, k) of the candidates, best first, and their probabilities among the k.
+        """
+        decoder, questions = self.encoders.decoder, len(image)
+        keys_values = self.question_keys_values(self.encoders, image, input_ids, attention_mask)
+        start_ids = candidate_ids[:1, :1].expand(questions, 1)
+        start = decoder(start_ids, torch.ones_like(start_ids), keys_values, attention_mask)[:, 0]
+        first_probs = start.float().softmax(1)[:, candidate_ids[:, 1]]  # (B, C)
+        first_probs, index = first_probs.topk(min(k, len(candidate_ids)), dim=1)
+        ids, mask = candidate_ids[index].flatten(0, 1), candidate_mask[index].flatten(0, 1)  # (B * k, L), by question
+        logits = decoder(ids, mask, keys_values, attention_mask)
+        log_p = first_probs.log() - answer_loss(logits, logits, ids, mask, alpha=0.0).view_as(first_probs)
+        probs, order = log_p.softmax(1).sort(dim=1, descending=True)
+        return index.gather(1, order), probs
+
+
+def build_model(task: str, vocab_size: int, model: dict, method: dict):
+    """The model of a task, from config.yaml's sections `model` and `method`, given as plain dicts."""
+    sizes = {name: value for name, value in model.items() if not name.endswith("_weights")}
+    encoders = Encoders(vocab_size, **sizes, images_per_text=2 if task.startswith("nlvr2") else 1)
+    names = ("soft_mask", "soft_mask_negatives", "attention_layer", "focal_gamma", "mask_text_for")
+    innovations = {name: method[name] for name in names}
+    if task in ("retrieval", "grounding"):  # ALBEF's losses, without MLM
+        innovations |= {"soft_mask": False, "soft_mask_negatives": False, "focal_gamma": 0.0, "mask_text_for": None}
+    if task in ("pretrain", "retrieval", "grounding"):
+        return PretrainModel(encoders, method["queue_size"], method["momentum"], method["temp"], **innovations)
+    if task == "vqa":
+        return VqaModel(encoders, model["fusion_layers"], method["momentum"])
+    if task == "nlvr2_pretrain":
+        return TextAssignmentModel(encoders, method["temp"])
+    return ClassifierModel(encoders, {"nlvr2": 2, "entailment": 3}[task], method["momentum"])
 
 
 # Multi-modal augmentation
@@ -862,7 +1049,7 @@ def randaugment_op(image, name: str, sign: int):
 def augment_image(image, size: int, crop_min_area: float, flip: bool, randaugment_ops: int, generator=None):
     """Random resized crop, flip, and RandAugment: a PIL image to a PIL image of size x size. [ALBEF] dataset/__init__.py
 
-    crop_min_area: least share of the area kept; aspect ratio from 3/4 to 4/3; flip: mirror it (the caller draws this,
+    crop_min_area: least share of the area kept, 1 for the whole image; aspect ratio from 3/4 to 4/3; flip: mirror it (the caller draws this,
     since the text has to be flipped along: flip_words); randaugment_ops: operations drawn, each applied half the time.
     Copy with: RANDAUGMENT_OPS, randaugment_op.
     """
@@ -870,8 +1057,11 @@ def augment_image(image, size: int, crop_min_area: float, flip: bool, randaugmen
     def uniform(low, high):
         return low + (high - low) * torch.rand((), generator=generator).item()
 
-    width, height = image.size
+    (width, height), left, top = image.size, 0, 0
+    w, h = width, height
     for _ in range(10):
+        if crop_min_area == 1:
+            break
         area = width * height * uniform(crop_min_area, 1.0)
         ratio = math.exp(uniform(math.log(3 / 4), math.log(4 / 3)))
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
@@ -893,8 +1083,8 @@ def augment_image(image, size: int, crop_min_area: float, flip: bool, randaugmen
 
 def flip_words(text: str) -> str:
     """Swap the words left and right, as the mirror image needs it. [ours; ALBEF leaves them]"""
-    swap = {"left": "right", "right": "left"}
-    return re.sub(r"\b(left|right)\b", lambda match: swap[match[0]], text)
+    swap = {"left": "right", "right": "left", "Left": "Right", "Right": "Left"}
+    return re.sub(r"\b([Ll]eft|[Rr]ight)\b", lambda match: swap[match[0]], text)
 
 
 # Images and text as the model takes them
@@ -966,61 +1156,65 @@ def vocabulary(tokenizer) -> list[str]:
     return [entry for entry, _ in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])]
 
 
-def tokenize(tokenizer, texts: list[str], max_tokens: int) -> dict:
-    """[CLS] and the word pieces of each text, with no [SEP] [ALBEF], padded to the longest.
+def tokenize(tokenizer, texts: list[str], max_tokens: int, end: bool = False) -> dict:
+    """[CLS] and the word pieces of each text, with no [SEP] unless end asks for it (answers) [ALBEF], padded to the longest.
 
     Returns input_ids, attention_mask, word_ids (B, L) int64 (word_ids: number of the word a token is a piece of, -1 for
-    [CLS] and padding), L at most max_tokens; and truncated, the number of texts cut to that.
+    [CLS], [SEP] and padding), L at most max_tokens; and truncated, the number of texts cut to that.
     """
+    room = max_tokens - 1 - end
     pieces = tokenizer(list(texts), add_special_tokens=False)
-    ids = [row[: max_tokens - 1] for row in pieces["input_ids"]]
-    longest = 1 + max(map(len, ids))
-    input_ids = torch.full((len(ids), longest), tokenizer.pad_token_id)
-    word_ids = torch.full((len(ids), longest), -1)
-    input_ids[:, 0] = tokenizer.cls_token_id
+    ids = [[tokenizer.cls_token_id, *row[:room], *[tokenizer.sep_token_id] * end] for row in pieces["input_ids"]]
+    input_ids = torch.full((len(ids), max(map(len, ids))), tokenizer.pad_token_id)
+    word_ids, attention_mask = torch.full_like(input_ids, -1), torch.zeros_like(input_ids)
     for i, row in enumerate(ids):
-        input_ids[i, 1 : 1 + len(row)] = torch.tensor(row, dtype=torch.int64)
-        word_ids[i, 1 : 1 + len(row)] = torch.tensor(pieces.word_ids(i)[: len(row)], dtype=torch.int64)
-    attention_mask = (word_ids >= 0).long()
-    attention_mask[:, 0] = 1
-    truncated = sum(len(row) > max_tokens - 1 for row in pieces["input_ids"])
+        input_ids[i, : len(row)], attention_mask[i, : len(row)] = torch.tensor(row), 1
+        words = pieces.word_ids(i)[:room]
+        word_ids[i, 1 : 1 + len(words)] = torch.tensor(words, dtype=torch.int64)
+    truncated = sum(len(row) > room for row in pieces["input_ids"])
     return {"input_ids": input_ids, "attention_mask": attention_mask, "word_ids": word_ids, "truncated": truncated}
 
 
 # Weights of DeiT, BERT and ALBEF
 
-ALBEF_NAMES = (
-    ("visual_encoder.", "vision."),
-    ("patch_embed.proj.", "patch_embed."),
-    ("attn.proj.", "attn.out."),
-    ("vision_proj.", "image_proj."),
-    ("text_encoder.bert.", "text_encoder."),
+ALBEF_VISION_NAMES = (
+    ("visual_encoder.", "vision."), ("patch_embed.proj.", "patch_embed."), (".attn.proj.", ".attn.out."),
+)  # fmt: skip
+ALBEF_TEXT_NAMES = (
+    ("vision_proj.", "image_proj."), ("text_encoder.bert.", "text_encoder."),
     ("text_encoder.cls.predictions.transform.dense.", "mlm_head.dense."),
     ("text_encoder.cls.predictions.transform.LayerNorm.", "mlm_head.norm."),
     ("text_encoder.cls.predictions.bias", "mlm_head.bias"),
     ("text_encoder.embeddings.word_embeddings.", "text.embeddings.word."),
     ("text_encoder.embeddings.position_embeddings.", "text.embeddings.position."),
     ("text_encoder.embeddings.token_type_embeddings.", "text.embeddings.token_type."),
-    ("text_encoder.embeddings.LayerNorm.", "text.embeddings.norm."),
-    ("text_encoder.encoder.layer.", "bert.layers."),
-    ("crossattention.self.", "cross_attention."),
-    ("crossattention.output.dense.", "cross_attention.out."),
+    ("text_encoder.embeddings.LayerNorm.", "text.embeddings.norm."), ("text_encoder.encoder.layer.", "bert.layers."),
+    ("crossattention.self.", "cross_attention."), ("crossattention.output.dense.", "cross_attention.out."),
     ("crossattention.output.LayerNorm.", "cross_norm."),
-    (".attention.self.", ".self_attention."),
-    (".attention.output.dense.", ".self_attention.out."),
+    (".attention.self.", ".self_attention."), (".attention.output.dense.", ".self_attention.out."),
     (".attention.output.LayerNorm.", ".self_norm."),
-    (".intermediate.dense.", ".mlp.fc1."),
-    (".output.dense.", ".mlp.fc2."),
-    (".output.LayerNorm.", ".mlp_norm."),
-)
+    (".intermediate.dense.", ".mlp.fc1."), (".output.dense.", ".mlp.fc2."), (".output.LayerNorm.", ".mlp_norm."),
+)  # fmt: skip
 """Part of ALBEF's parameter name -> ours, applied in this order. DeiT's names are ALBEF's behind visual_encoder.,
-Hugging Face BERT's are ALBEF's behind text_encoder."""
+Hugging Face BERT's are ALBEF's behind text_encoder., and text_decoder. is as text_encoder."""
 
 NOT_OURS = re.compile(
     r"position_ids$|cls\.predictions\.decoder\.|pooler\.|seq_relationship\.|visual_encoder(_m)?\.head\."
     r"|^(image_queue|text_queue|idx_queue|queue_ptr)$"
 )
 """What those checkpoints hold and we expect to leave: constants, tied copies, heads of other tasks, queues."""
+
+
+TASK_PARTS = ("temp", "itm_head", "ta_head") + tuple(
+    f"encoders.{name}" for name in ("cls_head", "decoder", "mlm_head", "image_proj", "text_proj")
+)
+"""What the model of one task has and that of another may lack."""
+
+
+def task_part(key: str) -> str | None:
+    """The one of TASK_PARTS that a parameter belongs to, or None."""
+    name = key.replace("encoders_m.", "encoders.")
+    return next((part for part in TASK_PARTS if name == part or name.startswith(part + ".")), None)
 
 
 def rename_albef(state: dict, text_layers: int) -> dict:
@@ -1032,23 +1226,95 @@ def rename_albef(state: dict, text_layers: int) -> dict:
     for key, tensor in state.items():
         if NOT_OURS.search(key):
             continue
-        name = re.sub(r"^(visual_encoder|text_encoder|vision_proj|text_proj)_m\.", r"\1.", key)
+        name = re.sub(r"^(visual_encoder|text_encoder|text_decoder|vision_proj|text_proj|cls_head)_m\.", r"\1.", key)
         prefix = "encoders_m." if name != key else "encoders."
         name = name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
-        for theirs, ours in ALBEF_NAMES:
+        decoder = name.startswith("text_decoder.")
+        name = name.replace("text_decoder.", "text_encoder.")
+        for theirs, ours in ALBEF_VISION_NAMES + ALBEF_TEXT_NAMES:
             name = name.replace(theirs, ours)
         layer = re.match(r"bert\.layers\.(\d+)\.(.*)", name)
         if layer:
-            i = int(layer[1])
-            name = f"text.layers.{i}.{layer[2]}" if i < text_layers else f"fusion.layers.{i - text_layers}.{layer[2]}"
-        if not name.startswith(("vision.", "text.", "fusion.", "image_proj.", "text_proj.", "mlm_head.")):
-            prefix = ""  # temp, itm_head
+            i = int(layer[1]) - (0 if decoder else text_layers)
+            name = f"fusion.layers.{i}.{layer[2]}" if i >= 0 else f"text.layers.{i + text_layers}.{layer[2]}"
+        if name.startswith(("temp", "itm_head.", "ta_head.")):
+            prefix = ""
+        prefix += "decoder." * decoder
         if ".attn.qkv." in name:
             for part, chunk in zip(("query", "key", "value"), tensor.chunk(3)):
                 renamed[prefix + name.replace("qkv", part)] = chunk
         else:
             renamed[prefix + name] = tensor
     return renamed
+
+
+def export_albef(model) -> dict:
+    """A model's state under ALBEF's names and in its layout, for the tools of others: the inverse of rename_albef. [ALBEF]
+
+    For the model of any task; what its task leaves alone is left out, as in ALBEF's own checkpoints.
+    """
+    has_bert = isinstance(model, PretrainModel) and model.mask_text_for  # text_encoder. is BertForMaskedLM, else BertModel
+    exported = {}
+    for key, tensor in model.state_dict().items():
+        part, _, name = key.partition(".")
+        if part in ("image_queue", "text_queue"):
+            exported[part] = tensor.T
+        elif part == "queue_ids":
+            exported |= {} if has_bert else {"idx_queue": tensor[None]}
+        elif part == "queue_written":
+            exported["queue_ptr"] = tensor[None] % max(len(model.queue_ids), 1)
+        elif part not in ("encoders", "encoders_m"):
+            exported[key] = tensor
+        elif not name.startswith(model.unused):
+            decoder = name.startswith("decoder.")
+            name, first = name.removeprefix("decoder."), 0 if decoder else len(model.encoders.text.layers)
+            name = re.sub(r"^fusion\.layers\.(\d+)", lambda match: f"bert.layers.{int(match[1]) + first}", name)
+            name = re.sub(r"^text\.layers", "bert.layers", name)
+            for theirs, ours in reversed(ALBEF_VISION_NAMES if name.startswith("vision.") else ALBEF_TEXT_NAMES):
+                name = name.replace(ours, theirs) if theirs != "text_encoder.bert." else name
+            if has_bert or decoder:
+                name = re.sub(r"^text_encoder\.(?!cls)", "text_encoder.bert.", name)
+            name = re.sub("^text_encoder", "text_decoder", name) if decoder else name
+            name = re.sub(r"^(\w+)", r"\1_m", name) if part == "encoders_m" else name
+            name, fused = re.subn(r"\.attn\.(query|key|value)\.", ".attn.qkv.", name)
+            exported[name] = torch.cat([exported[name], tensor]) if fused and name in exported else tensor
+    for name, tensor in list(exported.items()):  # constants and tied copies
+        if name.endswith("position_embeddings.weight"):
+            exported[name.replace("position_embeddings.weight", "position_ids")] = torch.arange(len(tensor))[None]
+        if name.endswith("cls.predictions.bias"):
+            word = name.replace("cls.predictions.bias", "bert.embeddings.word_embeddings.weight")
+            exported[name.replace("bias", "decoder.bias")] = tensor
+            exported[name.replace("bias", "decoder.weight")] = exported[word]
+    return exported
+
+
+def pair_layers(state: dict, encoders: Encoders) -> dict:
+    """state with each fusion layer i as layers 2i and 2i + 1, where encoders have pairs of them and state has not. [ALBEF]"""
+    pattern = re.compile(r"(.*fusion\.layers\.)(\d+)(\..*)")
+    layers = {int(match[2]) for match in map(pattern.fullmatch, state) if match and "decoder" not in match[1]}
+    images = encoders.fusion.images_per_text
+    if images == 1 or len(layers) * images != len(encoders.fusion.layers):
+        return state
+    paired = {}
+    for key, tensor in state.items():
+        match = pattern.fullmatch(key)
+        for i in range(images if match else 1):
+            paired[f"{match[1]}{images * int(match[2]) + i}{match[3]}" if match else key] = tensor
+    return paired
+
+
+def start_decoder(encoders: Encoders):
+    """Start the answer decoder from the embeddings, the fusion layers and the MLM head. [ALBEF] VQA.py
+
+    Where image and text differ in width, its cross-attention's key and value projections stay fresh.
+    """
+    decoder = encoders.decoder
+    decoder.text.embeddings.load_state_dict(encoders.text.embeddings.state_dict())
+    decoder.mlm_head.load_state_dict(encoders.mlm_head.state_dict())
+    for layer, source in zip(decoder.fusion.layers, encoders.fusion.layers):
+        own = layer.state_dict()
+        fitting = {key: value for key, value in source.state_dict().items() if value.shape == own[key].shape}
+        layer.load_state_dict(fitting, strict=False)
 
 
 def load_weights(module, state: dict, missing_ok: tuple[str, ...] = ()) -> list[str]:
@@ -1112,33 +1378,53 @@ def load_deit(encoders: Encoders, state: dict):
 def load_bert(encoders: Encoders, state: dict) -> list[str]:
     """Start text encoder, fusion encoder and MLM head from a Hugging Face BERT state, with or without "bert.". [ALBEF]
 
-    Cross-attention starts fresh; so does the MLM head where the state has none. Returns the names that did.
+    Cross-attention starts fresh; so does the MLM head where the state has none; an answer decoder starts from them.
+    Returns the names that did start fresh.
     """
     state = {f"text_encoder.{key.removeprefix('bert.')}": value for key, value in state.items()}
     state = rename_albef(state, text_layers=len(encoders.text.layers))
-    fresh = ("^vision", "^image_proj", "^text_proj", "cross_attention", "cross_norm")
+    state = pair_layers({key.removeprefix("encoders."): value for key, value in state.items()}, encoders)
+    fresh = ("^vision", "^image_proj", "^text_proj", "cross_attention", "cross_norm", "^cls_head", "^decoder")
     if not any("mlm_head" in key for key in state):
         fresh += ("^mlm_head",)
-    return load_weights(encoders, {key.removeprefix("encoders."): value for key, value in state.items()}, fresh)
+    missing = load_weights(encoders, state, fresh)
+    if hasattr(encoders, "decoder"):
+        start_decoder(encoders)
+    return missing
 
 
-def load_start(model: PretrainModel, state: dict) -> list[str]:
-    """Start a model from a checkpoint of ours or of ALBEF; queues start anew. Returns the names that kept fresh values.
+def load_start(model, state: dict) -> tuple[list[str], list[str]]:
+    """Start the model of any task from a checkpoint of ours or of ALBEF, of that task or another; queues start anew.
 
-    The twin comes from the checkpoint; what that lacks of it is a copy of the student made afterwards.
+    The twin comes from the checkpoint; what that lacks of it is a copy of the student made afterwards. An answer decoder
+    starts from the fusion layers where there is none, paired fusion layers from single ones.
+    Returns the names that kept fresh values, and those of the checkpoint that the model has no use for. All that every
+    task has must fit: else ValueError.
     """
-    ours = any(key.startswith("encoders.") for key in state)
-    if not ours:
+    if not any(key.startswith("encoders.") for key in state):
         state = rename_albef(state, text_layers=len(model.encoders.text.layers))
-    state = {key: value for key, value in state.items() if "queue" not in key}
-    fresh = ("queue", "^encoders_m")
-    if not any("mlm_head" in key for key in state):  # ALBEF's retrieval checkpoints have none
-        fresh += ("mlm_head",)
-    missing = load_weights(model, state, fresh)
+    own, state, head = model.state_dict(), pair_layers(state, model.encoders), "encoders.cls_head.2.bias"
+    parts = {task_part(key) for key in own}
+    if head in own and head in state and own[head].shape != state[head].shape:  # of another task, with other classes
+        parts.remove("encoders.cls_head")
+    has_twin = hasattr(model, "encoders_m")
+    used = {
+        key: value for key, value in state.items()
+        if "queue" not in key and task_part(key) in parts and (has_twin or not key.startswith("encoders_m."))
+    }  # fmt: skip
+    given = {task_part(key) for key in used}
+    absent = tuple(f"^{re.escape(part)}" for part in TASK_PARTS if part not in given)  # whole parts, not pieces of them
+    missing = load_weights(model, used, ("queue", "^encoders_m", *absent))
+    missing = [key for key in missing if "queue" not in key]
+    if hasattr(model.encoders, "decoder") and "encoders.decoder.mlm_head.bias" in missing:
+        start_decoder(model.encoders)
+        missing = [key for key in missing if not key.startswith("encoders.decoder.")]
     student = model.encoders.state_dict()
-    twin = {key.removeprefix("encoders_m."): key for key in missing if key.startswith("encoders_m.")}
-    model.encoders_m.load_state_dict({name: student[name] for name in twin}, strict=False)
-    return [key for key in missing if "queue" not in key and key not in twin.values()]
+    twin = {key.removeprefix("encoders_m.") for key in missing if key.startswith("encoders_m.")}
+    if twin:
+        model.encoders_m.load_state_dict({name: student[name] for name in twin}, strict=False)
+    left = [key for key in state if key not in used and "queue" not in key]
+    return [key for key in missing if not key.startswith("encoders_m.")], left
 
 
 # A trained model on your own image and sentence
@@ -1233,19 +1519,39 @@ def read_checkpoint(path) -> dict:
         raise
     except Exception as error:
         raise ValueError(f"{path} is no checkpoint that can be read safely ({type(error).__name__})") from None
-    if not isinstance(checkpoint, dict) or not {"model", "config", "vocab", "step"} <= checkpoint.keys():
-        raise ValueError(f"{path} was not written by train.py: it lacks model, config, vocab or step")
+    if not isinstance(checkpoint, dict) or not {"model", "config", "vocab", "step", "task"} <= checkpoint.keys():
+        raise ValueError(f"{path} was not written by train.py: it lacks model, config, vocab, step or task")
     return checkpoint
+
+
+def read_vocabulary(path) -> list[str] | None:
+    """The tokenizer's entries of a checkpoint that train.py wrote; None where the file at path is another."""
+    try:
+        return read_checkpoint(path)["vocab"]
+    except ValueError:
+        return None
+
+
+def load_trained(path, device: str = "cpu"):
+    """The model, the tokenizer and the dict of a checkpoint that train.py wrote, of any task; its queues stay empty.
+
+    ValueError where the file is none, or was written by another version.
+    """
+    checkpoint = read_checkpoint(checkpoint_path(path))
+    task, config, vocab = checkpoint["task"], checkpoint["config"], checkpoint["vocab"]
+    try:
+        sizes = config["model"] | {"image_size": config[task]["image_size"] or config["model"]["image_size"]}
+        model = build_model(task, len(vocab), sizes, config["method"] | {"queue_size": 0})
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path}: the settings in the checkpoint are not those of this version: {error}") from None
+    load_weights(model, {key: value for key, value in checkpoint["model"].items() if "queue" not in key}, ("queue",))
+    return model.to(device).eval(), load_tokenizer(vocab), checkpoint
 
 
 def from_pretrained(path, device: str = "cpu") -> Pretrained:
     """The model of a checkpoint that train.py wrote (the file, or the folder it lies in), ready for use."""
-    checkpoint = read_checkpoint(checkpoint_path(path))
-    config, vocab = checkpoint["config"], checkpoint["vocab"]
-    try:
-        model = build_pretrain_model(len(vocab), config["model"], {**config["method"], "queue_size": 0})
-        max_tokens, max_words = config["data"]["max_tokens"], config["data"]["max_words"]
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{path}: the settings in the checkpoint are not those of this version: {error}") from None
-    load_weights(model, {key: value for key, value in checkpoint["model"].items() if "queue" not in key}, ("queue",))
-    return Pretrained(model.to(device), load_tokenizer(vocab), max_tokens, max_words)
+    model, tokenizer, checkpoint = load_trained(path, device)
+    task, config = checkpoint["task"], checkpoint["config"]
+    if not isinstance(model, PretrainModel):
+        raise ValueError(f"{path} is a model for {task}, without a match score; take one of pretrain, retrieval or grounding")
+    return Pretrained(model, tokenizer, config[task]["max_tokens"], config["data"]["max_words"])

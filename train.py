@@ -1,29 +1,37 @@
 """Train any task at any scale: one loop, one process or many.
 
     python train.py                                            # scenes: pre-train, evaluate, draw masks
+    python train.py vqa                                        # fine-tune its output; likewise the other tasks
     torchrun --nproc_per_node 8 train.py pretrain --scale paper
+    torchrun --nproc_per_node 8 train.py retrieval --scale paper --start ALBEF.pth data.retrieval=flickr30k
     python train.py check pretrain --scale flickr8k            # look through the files before any training
     python train.py pretrain model.vision_layers=6 pretrain.batch_size=32
 
-Out (out/SCALE/TASK unless --out says otherwise): checkpoint.pt, log.jsonl, metrics.json, masks.png. The same command in
-the same folder goes on where it stopped; --fresh starts over.
+Tasks: pretrain, retrieval, vqa, nlvr2_pretrain, nlvr2, entailment, grounding. Pre-training ends with its evaluation;
+fine-tuning is evaluated on val after each epoch, the best epoch is kept as best.pt and tested once, at the end.
+Out (out/SCALE/TASK unless --out says otherwise): checkpoint.pt, best.pt, log.jsonl, metrics.json, and masks.png of
+pre-training, answers_test.json of VQA. The same command in the same folder goes on where it stopped; --fresh starts over.
 
 A line of log.jsonl, means over the steps since the line before and over all processes:
   step               optimizer steps done                    epoch             passes over the data, a fraction
   loss               sum of the parts                        loss_itc          (focal) image-text contrastive loss
   loss_itm           matching; 0.6365 is the floor of a constant answer at one match to two non-matches
   loss_soft_itm      matching on soft-masked images          loss_mlm          masked language modelling
+  loss_vqa           answers, weighted, per question         loss_cls          NLVR2, entailment
+  loss_ta            text assignment, before NLVR2           accuracy          of loss_cls, loss_ta on their batches, 0 to 1
   itm_accuracy       mean of the accuracy on matches and on non-matches: 0.5 is chance; soft_itm_accuracy likewise
   mask_mean          mean of the soft mask over patches, 0 to 1              temp   temperature of the contrastive loss
   alpha              weight of the twin's soft targets       lr                learning rate at this step
   grad_norm          length of the whole gradient, before clipping
   bad_images         records replaced so far, because their image or caption could not be used
-  truncated          share of captions cut at data.max_tokens
+  truncated          share of captions cut at its task's max_tokens
   pairs_per_second   over all processes                      seconds           since this process started
 """
 
 import argparse
 import contextlib
+import dataclasses
+import functools
 import json
 import math
 import os
@@ -42,7 +50,6 @@ import data
 import eval as evaluation
 import softmask
 
-TASKS = ("pretrain",)
 # Settings that do not change what a run computes: a run may go on under other values of them.
 FREE_SETTINGS = {"num_workers", "device", "checkpoint_every_steps", "max_bad_image_share", "eval", "scale"}
 
@@ -68,30 +75,55 @@ def parameter_groups(model, weight_decay: float) -> list[dict]:
     return [
         {"params": decayed, "weight_decay": weight_decay, "name": "decayed"},
         {"params": spared, "weight_decay": 0.0, "name": "spared"},
-        {"params": [model.temp], "weight_decay": 0.0, "name": "temp"},
-    ]
+    ] + [
+        {"params": [parameter], "weight_decay": 0.0, "name": "temp"}
+        for name, parameter in model.named_parameters() if name == "temp"
+    ]  # fmt: skip
 
 
-def pretrain_losses(model, batch, config, special, alpha, seeds):
-    """Augment a batch on its device and return the model's losses, statistics and features for the queue.
+def pretrain_losses(model, image, batch, config, special, alpha, generator):
+    """Mask the text, distort the images; what task_losses returns.
 
-    special: mask_id and ordinary_ids of the tokenizer; seeds: what all draws for this micro-batch depend on.
+    special: mask_id and ordinary_ids of the tokenizer.
     """
-    method, device = config.method, batch["image"].device
-    torch.manual_seed(data.hash63("dropout", *seeds))
-    generator = torch.Generator(device).manual_seed(data.hash63("step", *seeds))
+    method = config.method
     masked_ids, mlm_labels = softmask.mask_text(
         batch["input_ids"], batch["word_ids"], *special, method.mlm_probability, method.mlm_random_replacement, generator
     )
     image = softmask.distort_images(
-        batch["image"].float() / 255, method.distort_brightness, method.distort_contrast, method.distort_blur,
+        image, method.distort_brightness, method.distort_contrast, method.distort_blur,
         method.distort_hue, method.distort_grayscale, generator,
     )  # fmt: skip
-    with evaluation.autocast(config, device):
+    with evaluation.autocast(config, image.device):
         return model(
             softmask.normalize(image), batch["input_ids"], batch["attention_mask"], masked_ids, mlm_labels,
             batch["word_ids"], batch["image_ids"] if method.image_ids else None, alpha, generator,
         )  # fmt: skip
+
+
+def task_losses(task_name, model, batch, config, special, alpha, seeds):
+    """The losses of a batch on its device, statistics for the log, and features for the queue, or None.
+
+    seeds: what all draws for this micro-batch depend on.
+    """
+    device = batch["image"].device
+    torch.manual_seed(data.hash63("dropout", *seeds))
+    generator = torch.Generator(device).manual_seed(data.hash63("step", *seeds))
+    image = batch["image"].float() / 255
+    if task_name == "pretrain":
+        return pretrain_losses(model, image, batch, config, special, alpha, generator)
+    image, text = softmask.normalize(image), (batch["input_ids"], batch["attention_mask"])
+    with evaluation.autocast(config, device):
+        if task_name in ("retrieval", "grounding"):
+            nothing_masked = torch.full_like(batch["input_ids"], -100)
+            masking = batch["input_ids"], nothing_masked, batch["word_ids"]
+            return model(image, *text, *masking, batch["image_ids"], alpha, generator)
+        if task_name == "vqa":
+            answers = (batch[f"answer_{name}"] for name in ("ids", "mask", "question", "weights"))
+            return *model(image, *text, *answers, alpha), None
+        if task_name == "nlvr2_pretrain":
+            return *model(image, *text, batch["image_ids"], generator), None
+        return *model(image, *text, batch["labels"], alpha), None
 
 
 def train(model, optimizer, loader, config, task, run):
@@ -110,8 +142,10 @@ def train(model, optimizer, loader, config, task, run):
         lr = lr_at(step, run.total_steps, task)
         for group in optimizer.param_groups:
             group["lr"] = lr * task.temp_lr / task.lr if group["name"] == "temp" else lr
-        alpha = config.method.alpha * min(1.0, step / run.steps_per_epoch)
-        model.clamp_temp()
+        alpha = config.method.alpha * (min(1.0, step / run.steps_per_epoch) if task.ramp_alpha else 1.0)
+        has_queue = isinstance(model, softmask.PretrainModel)
+        if has_queue:
+            model.clamp_temp()
         model.update_twin()
         optimizer.zero_grad()
         features = []
@@ -122,7 +156,7 @@ def train(model, optimizer, loader, config, task, run):
             seeds = (config.seed, step, evaluation.rank() * task.accumulation + micro)
             last = micro == task.accumulation - 1
             with contextlib.nullcontext() if last or world == 1 else wrapped.no_sync():
-                losses, stats, features_m = pretrain_losses(wrapped, batch, config, run.special, alpha, seeds)
+                losses, stats, features_m = task_losses(run.task_name, wrapped, batch, config, run.special, alpha, seeds)
                 loss = sum(losses.values())
                 (loss / task.accumulation).backward()
             features.append(features_m)
@@ -134,16 +168,22 @@ def train(model, optimizer, loader, config, task, run):
                 "lr, or set clip_norm"
             )
         optimizer.step()
-        model.enqueue(*(None if part[0] is None else torch.cat(part) for part in zip(*features)))
+        if has_queue:
+            model.enqueue(*(None if part[0] is None else torch.cat(part) for part in zip(*features)))
         run.step_done({"alpha": alpha, "lr": lr, "grad_norm": norm}, model, optimizer)
 
 
 class Run:
     """The output folder of a run: its log, its checkpoint, its counters. Process 0 alone writes."""
 
-    def __init__(self, out, config, settings, task_name, task, steps_per_epoch, tokenizer):
-        """settings: config as a dict, as it was before the scenes' folder went in: what the checkpoint holds."""
+    def __init__(self, out, config, settings, task_name, task, steps_per_epoch, tokenizer, validate):
+        """settings: config as a dict, as it was before the scenes' folder went in: what the checkpoint holds.
+
+        validate: after each epoch it takes the model and returns metrics, {} where there is nothing to evaluate on.
+        """
         self.out, self.config, self.settings, self.task_name = out, config, settings, task_name
+        self.validate = validate
+        self.best = None  # {epoch, score, metrics} of the best epoch on val
         self.steps_per_epoch = steps_per_epoch
         self.total_steps = task.epochs * steps_per_epoch
         self.step = 0
@@ -160,6 +200,10 @@ class Run:
     @property
     def checkpoint_file(self):
         return os.path.join(self.out, "checkpoint.pt")
+
+    @property
+    def best_file(self):
+        return os.path.join(self.out, "best.pt")
 
     def resume(self, model, optimizer):
         """Go on from the folder's checkpoint: weights, twin, queues, optimizer, step. Returns whether there is one.
@@ -188,7 +232,11 @@ class Run:
 
     def load(self, model, optimizer, checkpoint):
         """Take over a checkpoint of this run; InputError where it was made under other settings."""
-        changed = changed_settings(checkpoint["config"], self.settings)
+        own = [{k: v for k, v in config.items() if k == self.task_name or k not in data.TASKS}
+               for config in (checkpoint["config"], self.settings)]  # fmt: skip
+        changed = changed_settings(*own)
+        if checkpoint["task"] != self.task_name:
+            changed.append(f"task: {checkpoint['task']} then, {self.task_name} now")
         for name, key in (("pairs a step", "global_batch"), ("steps, from the number of records", "total_steps")):
             if checkpoint.get(key) != getattr(self, key):
                 changed.append(f"{name}: {checkpoint.get(key)} then, {getattr(self, key)} now")
@@ -202,6 +250,7 @@ class Run:
         softmask.load_weights(model, checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         self.step, self.bad_images, self.seen = checkpoint["step"], checkpoint["bad_images"], checkpoint["seen"]
+        self.best = checkpoint["best"]
 
     def count(self, batch):
         """Count the records of a batch and those of them that were replaced; too many of these stop the run."""
@@ -234,8 +283,22 @@ class Run:
             self.bar.update()
         if self.step % self.config.log_every_steps == 0 or last:
             self.log()
+        epoch_ends = self.step % self.steps_per_epoch == 0
+        if epoch_ends:
+            self.keep_best(model)
         if self.step % self.config.checkpoint_every_steps == 0 or last:
             self.save(model, optimizer)
+
+    def keep_best(self, model):
+        """Evaluate on val; keep the model as best.pt if no epoch before was as good."""
+        metrics = self.validate(model)
+        model.train()
+        if metrics:
+            score = evaluation.score(self.task_name, metrics)
+            say(f"epoch {self.step // self.steps_per_epoch}: val {score:.2f}")
+            if self.best is None or score > self.best["score"]:
+                self.best = {"epoch": self.step // self.steps_per_epoch, "score": score, "metrics": metrics}
+                self.save(model, None)
 
     def close(self):
         """End the line of the progress bar."""
@@ -263,17 +326,19 @@ class Run:
         if evaluation.rank() == 0:
             with open(os.path.join(self.out, "log.jsonl"), "a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
-            parts = ("itc", "itm", "soft_itm", "mlm")
-            text = " ".join(f"{part} {line[f'loss_{part}']:.3f}" for part in parts if f"loss_{part}" in line)
-            text += f" | itm acc {line['itm_accuracy']:.3f} temp {line['temp']:.3f} {line['pairs_per_second']:.0f} pairs/s"
+            shown = {name.removeprefix("loss_"): value for name, value in line.items()
+                     if name.startswith("loss_") or name in ("itm_accuracy", "accuracy", "temp")}  # fmt: skip
+            text = " ".join(f"{name} {value:.3f}" for name, value in shown.items())
+            text += f" {line['pairs_per_second']:.0f} pairs/s"
             self.bar.set_postfix_str(text)
 
     def save(self, model, optimizer):
-        """Write the checkpoint, whole or not at all."""
+        """Write the checkpoint, whole or not at all; without an optimizer as best.pt."""
         if evaluation.rank() == 0:
             checkpoint = {
                 "model": model.state_dict(),
-                "optimizer": optimizer.state_dict(),
+                "optimizer": optimizer and optimizer.state_dict(),
+                "best": self.best,
                 "step": self.step,
                 "total_steps": self.total_steps,
                 "epoch": self.step / self.steps_per_epoch,
@@ -286,7 +351,8 @@ class Run:
                 "versions": {"torch": str(torch.__version__), "transformers": transformers.__version__},
                 "commit": git_commit(),
             }
-            data.write_atomically(self.checkpoint_file, lambda file: torch.save(checkpoint, file))
+            path = self.checkpoint_file if optimizer else self.best_file
+            data.write_atomically(path, lambda file: torch.save(checkpoint, file))
 
 
 def changed_settings(old: dict, new: dict, prefix: str = "") -> list[str]:
@@ -330,13 +396,32 @@ def weights_of(path):
         raise data.InputError(f"{path}: {error}") from None
 
 
-def load_initial_weights(model, config, task):
-    """Start the model from task.start, or the encoders from DeiT and BERT, and its twin from them."""
-    if task.start is not None:
-        path = softmask.checkpoint_path(task.start)
+def start_file(config, task_name):
+    """The checkpoint a task starts from: of the task that its setting `start` names, at the same scale, or a path."""
+    start = getattr(config, task_name).start
+    if start in data.TASKS:
+        folder = os.path.join("out", config.scale, start)
+        try:
+            return softmask.checkpoint_path(folder)
+        except FileNotFoundError:
+            raise data.InputError(
+                f"{task_name} starts from {start}, of which {folder} holds no checkpoint; run python train.py {start} "
+                f"--scale {config.scale} first, or give --start FILE, or {task_name}.start=null"
+            ) from None
+    return None if start is None else softmask.checkpoint_path(start)
+
+
+def load_initial_weights(model, config, task_name, vocab):
+    """Start the model from its task's start, or the encoders from DeiT and BERT, and its twin from them."""
+    path = start_file(config, task_name)
+    if path is not None:
         with weights_of(path) as state:
-            fresh = softmask.load_start(model, state)
-        say(f"starts from {path}" + (f"; fresh: {', '.join(fresh)}" if fresh else ""))
+            fresh, left = softmask.load_start(model, state)
+        if softmask.read_vocabulary(path) not in (None, vocab):
+            raise data.InputError(f"{path} was trained with another vocabulary; give data.tokenizer the same")
+        say(f"starts from {path}" + "".join(
+            f"; {what}: {', '.join(sorted({softmask.task_part(key) or key for key in keys}))}"
+            for what, keys in (("fresh", fresh), ("left over", left)) if keys))  # fmt: skip
         return
     encoders, vision, text = model.encoders, config.model.vision_weights, config.model.text_weights
     if vision is not None:
@@ -350,41 +435,52 @@ def load_initial_weights(model, config, task):
             fresh = softmask.load_bert(encoders, state)
         say(f"text and fusion encoder start from {text}; fresh: cross-attention"
             + (", MLM head" if any("mlm_head" in name for name in fresh) else ""))  # fmt: skip
-    model.encoders_m.load_state_dict(encoders.state_dict())
+    if hasattr(model, "encoders_m"):
+        model.encoders_m.load_state_dict(encoders.state_dict())
 
 
-def pretrain(config, settings, out):
-    """Pre-train, then evaluate. Returns the steps done and the metrics; arguments as of Run."""
-    task, device = config.pretrain, evaluation.resolve_device(config)
+def run_task(task_name, config, settings, out):
+    """Train a task, then evaluate. Returns the steps done and the metrics; arguments as of Run."""
+    task, device = data.task_settings(config, task_name), evaluation.resolve_device(config)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, image_size=task.image_size))
     tokenizer = softmask.load_tokenizer(config.data.tokenizer)
-    records = data.Records.from_json(config.data.pretrain_files, data.FORMATS["pretrain"])
-    dataset = data.PairDataset(records, config.data.pretrain_image_root, config, config.seed)
-    method = data.config_to_dict(config)["method"]
-    method["queue_size"] = min(method["queue_size"], len(records) // 4)  # a longer one holds an image too many times
+    dataset = data.training_set(config, task_name)
+    as_dict = data.config_to_dict(config)
+    method = as_dict["method"]
+    method["queue_size"] = min(method["queue_size"], len(dataset) // 4)  # a longer one holds an image too many times
 
     torch.manual_seed(data.hash63("weights", config.seed))
-    model = softmask.build_pretrain_model(len(tokenizer), data.config_to_dict(config)["model"], method)
+    model = softmask.build_model(task_name, len(tokenizer), as_dict["model"], method)
     world = evaluation.world_size()
     blocks = task.batch_size, world, evaluation.rank(), task.accumulation, config.seed
-    steps_per_epoch = data.ShuffledBatches(len(records), *blocks, 0).steps_per_epoch
-    run = Run(out, config, settings, "pretrain", task, steps_per_epoch, tokenizer)
+    steps_per_epoch = data.ShuffledBatches(len(dataset), *blocks, 0).steps_per_epoch
+
+    def evaluate(split, model):
+        with_figures = task_name not in ("pretrain", "nlvr2_pretrain")
+        return evaluation.evaluate(task_name, model, tokenizer, config, split, out) if with_figures else {}
+
+    run = Run(out, config, settings, task_name, task, steps_per_epoch, tokenizer, functools.partial(evaluate, "val"))
     model.to(device)
     optimizer = torch.optim.AdamW(parameter_groups(model, task.weight_decay), lr=task.lr, fused=True)
     if not run.resume(model, optimizer):
-        load_initial_weights(model, config, task)
+        load_initial_weights(model, config, task_name, run.vocab)
     if run.step < run.total_steps:
         count = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        say(f"pretrain: {count / 1e6:.1f}M parameters, {len(records)} records, {run.total_steps} steps of "
+        say(f"{task_name}: {count / 1e6:.1f}M parameters, {len(dataset)} records, {run.total_steps} steps of "
             f"{run.global_batch} pairs, {world} process{'es' * (world > 1)} on {device}, {config.precision}")  # fmt: skip
-        sampler = data.ShuffledBatches(len(records), *blocks, run.step)
-        loader = data.make_loader(dataset, sampler, tokenizer, config.data.max_tokens, config.num_workers)
+        sampler = data.ShuffledBatches(len(dataset), *blocks, run.step)
+        loader = data.make_loader(dataset, sampler, tokenizer, task.max_tokens, config.num_workers)
         with contextlib.closing(run):
             train(model, optimizer, loader, config, task, run)
         del loader
     elif run.total_steps == 0:  # epochs=0: the start as it is, evaluated and in our format
         run.save(model, optimizer)
-    metrics = evaluation.evaluate_pretrained(model, tokenizer, config, out)
-    return run.step, metrics
+    if task_name == "pretrain":
+        return run.step, evaluation.evaluate_pretrained(model, tokenizer, config, out)
+    if run.best:
+        softmask.load_weights(model, softmask.read_checkpoint(run.best_file)["model"])
+    metrics = {"val": run.best["metrics"], "best_epoch": run.best["epoch"]} if run.best else {"val": evaluate("val", model)}
+    return run.step, metrics | {"test": evaluate("test", model)}
 
 
 @contextlib.contextmanager
@@ -419,8 +515,8 @@ def parse(arguments):
     words = [word for word in options.words if "=" not in word]
     options.check = words[:1] == ["check"]
     words = words[options.check :] or ["pretrain"]
-    if len(words) > 1 or words[0] not in TASKS:
-        raise data.InputError(f"task {' '.join(words)!r} is none of {', '.join(TASKS)}")
+    if len(words) > 1 or words[0] not in data.TASKS:
+        raise data.InputError(f"task {' '.join(words)!r} is none of {', '.join(data.TASKS)}")
     options.task = words[0]
     if options.start is not None:
         overrides.append(f"{options.task}.start={json.dumps(options.start)}")
@@ -445,7 +541,7 @@ def main(arguments):
         if evaluation.world_size() > 1:
             dist.barrier()
         settings = data.config_to_dict(options.config)
-        step, metrics = {"pretrain": pretrain}[options.task](config, settings, options.out)
+        step, metrics = run_task(options.task, config, settings, options.out)
         if evaluation.rank() == 0:
             result = {"task": options.task, "scale": config.scale, "seed": config.seed, "step": step}
             result |= {"settings": settings, "metrics": metrics}

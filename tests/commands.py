@@ -22,9 +22,9 @@ import data
 SCENES = "data.scenes={level: plain, train: 96, val: 10, test: 13, image_size: 32, seed: 5}"
 TINY = [
     SCENES, "device=cpu", "num_workers=0", "log_every_steps=1", "checkpoint_every_steps=3", "pretrain.batch_size=8",
-    "pretrain.epochs=1", "pretrain.warmup_steps=2", "eval={batch_size: 5, top_k: 4, pictures: 2}",
+    "pretrain.epochs=1", "pretrain.warmup_steps=2", "eval={batch_size: 5, top_k: 4, answers_top_k: 4, pictures: 2}",
     "model={image_size: 32, patch_size: 8, vision_width: 32, vision_layers: 2, vision_heads: 2, text_width: 32, "
-    "text_layers: 1, fusion_layers: 3, text_heads: 2, max_positions: 32, embed_dim: 16}",
+    "text_layers: 1, fusion_layers: 3, text_heads: 2, max_positions: 40, embed_dim: 16}",
 ]  # 12 steps
 
 

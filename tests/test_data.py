@@ -1,7 +1,10 @@
 """data.py: settings, annotation files, images and batches, on hand-made files; every error names its file or key."""
 import dataclasses
 import json
+import math
+import os
 import pickle
+import struct
 
 import numpy as np
 import pytest
@@ -13,6 +16,7 @@ import data
 import softmask
 
 VOCABULARY = "[PAD] [UNK] [CLS] [SEP] [MASK] a red blue dog cat left right of the on".split()
+NO_CROP = [f"{task}.crop_min_area=1.0" for task in data.TASKS]
 
 
 def write_json(path, value):
@@ -46,13 +50,16 @@ def pairs(tmp_path):
         Image.fromarray(pixels).save(tmp_path / f"{number}.png")
         captions = ["A red dog, left of the cat", "A red dog, left of a dog"]
         rows.append({"image": f"{number}.png", "caption": captions})
-    config = data.load_config("scenes", ["model.image_size=16", "augment.crop_min_area=1.0"])
-    return rows, str(tmp_path), config
+    roots = [f"data.{key}image_root={tmp_path}" for key in ("pretrain_", "vqa.", "nlvr2.", "entailment.", "grounding.")]
+    config = data.load_config("scenes", [
+        "data.scenes=null", "model.image_size=16", *NO_CROP, *roots, f"data.vqa.vg_image_root={tmp_path}/vg",
+        f"data.retrieval_sets.scenes.image_root={tmp_path}"])
+    return rows, config
 
 
-def make_dataset(rows, root, config, path, seed=0):
-    records = data.Records.from_json([write_json(path, rows)], data.FORMATS["pretrain"])
-    return data.PairDataset(records, root, config, seed)
+def make_dataset(rows, config, path, seed=0, task="pretrain"):
+    records = data.Records.from_json([write_json(path, rows)], data.FORMATS[task])
+    return data.TrainingSet(records, task, config, seed)
 
 
 # Settings
@@ -71,6 +78,43 @@ def test_scales_merge_but_replace_scenes_and_retrieval_sets():
     assert (config.model.vision_width, config.model.vision_layers) == (384, 12)  # one from the scale, one from base
     assert list(config.data.retrieval_sets) == ["flickr8k"]
     assert list(data.load_config("paper").data.retrieval_sets) == ["coco", "flickr30k"]
+
+
+def test_sections_of_tasks_inherit_by_merge_keys_and_override_key_by_key():
+    paper, scenes = data.load_config("paper"), data.load_config("scenes")
+    settings = {task: data.task_settings(paper, task) for task in data.TASKS}
+    assert list(settings) == ["pretrain", "retrieval", "vqa", "nlvr2_pretrain", "nlvr2", "entailment", "grounding"]
+    for name, wanted in {  # ALBEF's configs/*.yaml, in the order above
+        "image_size": [256, 384, 384, 256, 384, 384, 384], "max_tokens": [25, 30, 25, 25, 64, 64, 30],
+        "epochs": [30, 5, 8, 1, 10, 5, 5], "batch_size": [64, 32, 32, 64, 16, 32, 32],
+        "lr": [1e-4, 1e-5, 2e-5, 2e-5, 2e-5, 2e-5, 1e-5], "min_lr": [1e-5, 1e-6, 1e-6, 1e-5, 1e-6, 1e-6, 1e-6],
+        "warmup_steps": [2000, 100, 400, 100, 100, 100, 100], "crop_min_area": [0.2, 0.5, 0.5, 0.2, 0.5, 0.5, 1.0],
+        "ramp_alpha": [True] * 5 + [False, True], "flip": [True] * 4 + [False, True, True],
+        "start": [None, "pretrain", "pretrain", "pretrain", "nlvr2_pretrain", "pretrain", "pretrain"],
+    }.items():
+        assert [getattr(part, name) for part in settings.values()] == wanted, name
+    assert scenes.vqa.weight_decay == 0.02 and scenes.nlvr2.start == "nlvr2_pretrain" and not scenes.nlvr2.flip
+    assert scenes.vqa.image_size is None and data.task_settings(scenes, "vqa").image_size == 64
+    assert data.load_config("scenes", ["vqa.lr=1"]).entailment == scenes.entailment
+
+
+def test_settings_of_a_task_must_fit_the_model():
+    config = data.load_config("paper", ["model.patch_size=32", "model.max_positions=40", "nlvr2.image_size=100"])
+    assert data.task_settings(config, "retrieval").image_size == 384
+    with pytest.raises(data.InputError, match=r"nlvr2.image_size \(100\) must be a multiple of .*patch_size \(32\)"):
+        data.task_settings(config, "nlvr2")
+    with pytest.raises(data.InputError, match=r"entailment.max_tokens must be at most model.max_positions \(40\)"):
+        data.task_settings(config, "entailment")
+
+
+@pytest.mark.parametrize("task, key", [
+    ("pretrain", "data.pretrain_files"), ("nlvr2_pretrain", "data.pretrain_files"), ("vqa", "data.vqa.train"),
+    ("retrieval", "data.retrieval_sets.flickr8k.train"), ("grounding", "data.grounding.train")])
+def test_a_task_without_files_says_which_key_to_set(task, key):
+    config = data.load_config("flickr8k", [key + "=[]"])
+    for call in (data.training_set, data.check):
+        with pytest.raises(data.InputError, match=f"{key} names no file at scale flickr8k"):
+            call(config, task)
 
 
 def test_overrides():
@@ -116,7 +160,13 @@ def test_overrides():
     ("model.image_size=65", "model.image_size must be a multiple of model.patch_size"),
     ("model.vision_heads=3", "model.vision_width must be a multiple of model.vision_heads"),
     ("model.text_heads=3", "model.text_width must be a multiple of model.text_heads"),
-    ("data.max_tokens=41", "data.max_tokens must be at most model.max_positions"),
+    ("vqa.batchsize=3", "vqa.batchsize is no setting; the nearest is vqa.batch_size"),
+    ("vqa.ramp_alpha=1", "vqa.ramp_alpha: wanted bool, got 1"),
+    ("grounding.crop_min_area=1.1", "grounding.crop_min_area: 1.1 is out of range"),
+    ("nlvr2.flip=true", "nlvr2.flip must be false"),
+    ("data.vqa.train=a.json", "data.vqa.train: wanted list, got 'a.json'"),
+    ("data.grounding.ref=x", "data.grounding.ref is no setting; the nearest is data.grounding.refs"),
+    ("eval.answers_top_k=0", "eval.answers_top_k: 0 is out of range"),
     ("method.attention_layer=2", r"method.attention_layer \(2\) must be below model.fusion_layers - 1 \(1\)"),
     ("model.fusion_layers=1", r"method.attention_layer \(0\)"),
     ("data.retrieval=coco", r"data.retrieval: 'coco' is none of data.retrieval_sets \(scenes\)"),
@@ -173,6 +223,7 @@ def test_resolve_scenes(monkeypatch, tmp_path):
     assert calls == [(f"{data.HERE}/data/scenes", "plain", 3, 1000, 1000, 64, 0)]
     assert config.data.tokenizer == f"{folder}/vocab.txt" and config.data.pretrain_files == [f"{folder}/pretrain.json"]
     assert config.data.retrieval_sets["scenes"].test == f"{folder}/retrieval_test.json"
+    assert config.data.grounding.refs == f"{folder}/refs(unc).p"
     assert "{scenes}" not in json.dumps(data.config_to_dict(config))
     paper = data.load_config("paper")
     assert data.resolve_scenes(paper) == paper and len(calls) == 1
@@ -196,8 +247,8 @@ def test_records_hold_what_the_files_hold(tmp_path):
 @pytest.mark.parametrize("text, message", [
     ('[{"image": "a",\n "caption": }]', r"bad.json: not JSON \(line 2: "),
     ("[" * 100_000, "bad.json: not JSON"),
-    ('{"image": "a"}', "bad.json: wanted a JSON list"),
-    ("[]", "bad.json: wanted a JSON list of one or more records"),
+    ('{"image": "a"}', "bad.json: wanted a list"),
+    ("[]", "bad.json: wanted a list of one or more records"),
     ('[{"image": "a", "caption": "x"}, 3]', r"bad.json: record 1 \(from 0\): wanted an object, got int"),
     ('[{"image": "a"}]', r"bad.json: record 0 \(from 0\): key 'caption' is missing"),
     ('[{"image": 3, "caption": "x"}]', r"record 0 \(from 0\): key 'image': wanted str, got int"),
@@ -219,7 +270,38 @@ def test_unreadable_annotation_files(tmp_path):
         data.Records.from_json([str(tmp_path / "latin.json")], {})
     path = write_json(tmp_path / "ids.json", [{"image": "a", "caption": "x", "image_id": True}])
     with pytest.raises(data.InputError, match="ids.json: .*'image_id': wanted str or int, got bool"):
-        data.Records.from_json([path], data.FORMATS["retrieval_train"])
+        data.Records.from_json([path], data.FORMATS["retrieval"])
+
+
+PAIR = {"images": ["a", "b"], "sentence": "x", "label": "True"}
+QUESTION = {"image": "a", "question": "x", "answer": ["y"], "dataset": "vqa", "question_id": 3}
+
+
+@pytest.mark.parametrize("layout, row, message", [
+    ("entailment", {"image": "a", "sentence": "x", "label": "-"},
+     "record 1 .from 0.: key 'label': wanted contradiction or neutral or entailment, got '-'"),
+    ("entailment", {"image": "a", "sentence": "x", "label": 1}, "'label': .*got 1"),
+    ("entailment", {"image": "a", "label": "neutral"}, "key 'sentence' is missing"),
+    ("nlvr2", PAIR | {"label": "true"}, "key 'label': wanted True or False or bool, got 'true'"),
+    ("nlvr2", PAIR | {"label": 1}, "key 'label': .*got 1"),
+    ("nlvr2", PAIR | {"images": ["a"]}, "key 'images': wanted two paths, got 1"),
+    ("nlvr2", PAIR | {"images": "ab"}, "key 'images': wanted list, got str"),
+    ("nlvr2", PAIR | {"images": ["a", 2]}, "key 'images': wanted a list of strings"),
+    ("vqa", QUESTION | {"dataset": "coco"}, "key 'dataset': wanted vqa or vg, got 'coco'"),
+    ("vqa", QUESTION | {"answer": None}, "key 'answer': wanted str or list, got NoneType"),
+    ("vqa_eval", QUESTION | {"answer": 3}, "key 'answer': wanted str or list or None, got int"),
+    ("vqa_eval", QUESTION | {"answer": ["y", 3]}, "key 'answer': wanted a list of strings"),
+    ("vqa_eval", QUESTION | {"question_id": 1.5}, "key 'question_id': wanted int or str, got float"),
+    ("grounding", {"image": "a"}, "key 'text' is missing"),
+    ("grounding_eval", {"image": "a", "text": "x"}, "key 'ref_id' is missing"),
+])
+def test_bad_record_of_a_task_names_its_key(tmp_path, layout, row, message):
+    good = {"image": "a", "text": "x", "ref_id": 1, "sentence": "x", "label": "neutral"} | QUESTION
+    good |= PAIR if layout == "nlvr2" else {}
+    path = write_json(tmp_path / "bad.json", [good, row])
+    with pytest.raises(data.InputError, match=message) as error:
+        data.Records.from_json([path], data.FORMATS[layout])
+    assert path in str(error.value) and "\n" not in str(error.value)
 
 
 def test_image_paths_stay_below_the_root():
@@ -275,48 +357,127 @@ def test_bad_images_name_path_and_reason(tmp_path, monkeypatch):
 # Training batches
 
 def test_draws_depend_on_seed_epoch_and_index_alone(pairs, tmp_path):
-    rows, root, config = pairs
-    dataset, other = (make_dataset(rows, root, config, tmp_path / "r.json", seed) for seed in (0, 1))
+    rows, config = pairs
+    dataset, other = (make_dataset(rows, config, tmp_path / "r.json", seed) for seed in (0, 1))
     first, *rest = (dataset[0, 3], dataset[0, 3], dataset[1, 3], other[0, 3])
     assert first["image"].shape == (3, 16, 16) and first["image"].dtype == torch.uint8 and first["replaced"] == []
-    assert torch.equal(first["image"], rest[0]["image"]) and first["caption"] == rest[0]["caption"]
-    assert len({dataset[epoch, 3]["caption"] for epoch in range(20)}) == 4  # two captions, flipped or not
-    assert [dataset[epoch, 3]["caption"] for epoch in range(20)] != [other[epoch, 3]["caption"] for epoch in range(20)]
+    assert torch.equal(first["image"], rest[0]["image"]) and first["text"] == rest[0]["text"]
+    texts = [dataset[epoch, 3]["text"] for epoch in range(20)]
+    assert len(set(texts)) == 4  # two captions, flipped or not
+    drawn = "".join(str(2 * ("a dog" in text) + ("right" in text)) for text in texts)
+    assert drawn == "20312112131230222130"  # another purpose or order of the draws would change every run
+    assert texts != [other[epoch, 3]["text"] for epoch in range(20)]
+    dataset = make_dataset(rows, config, tmp_path / "r.json", task="nlvr2_pretrain")
+    assert texts != [dataset[epoch, 3]["text"] for epoch in range(20)]
 
 
 def test_text_and_image_are_flipped_together(pairs, tmp_path):
-    rows, root, config = pairs
-    dataset = make_dataset(rows, root, config, tmp_path / "r.json")
+    rows, config = pairs
+    dataset = make_dataset(rows, config, tmp_path / "r.json")
     seen = set()
     for epoch in range(10):
         item = dataset[epoch, 0]
         left_brighter = bool(item["image"][..., :6].float().mean() > item["image"][..., 10:].float().mean())
-        assert ("left" in item["caption"], "right" in item["caption"]) == (left_brighter, not left_brighter)
+        assert ("left" in item["text"], "right" in item["text"]) == (left_brighter, not left_brighter)
         seen.add(left_brighter)
     assert seen == {True, False}
-    still = dataclasses.replace(config, augment=dataclasses.replace(config.augment, flip=False))
-    dataset = make_dataset(rows, root, still, tmp_path / "r.json")
-    assert all("left" in dataset[epoch, 0]["caption"] for epoch in range(10))
+    still = dataclasses.replace(config, pretrain=dataclasses.replace(config.pretrain, flip=False))
+    dataset = make_dataset(rows, still, tmp_path / "r.json")
+    assert all("left" in dataset[epoch, 0]["text"] for epoch in range(10))
 
 
 def test_bad_records_are_replaced_and_reported(pairs, tmp_path):
-    rows, root, config = pairs
+    rows, config = pairs
     rows[0]["image"], rows[1]["caption"], rows[2]["caption"], rows[3]["image"] = "none.png", "?!", [], "../0.png"
-    dataset = make_dataset(rows, root, config, tmp_path / "r.json")
+    dataset = make_dataset(rows, config, tmp_path / "r.json")
     for index, path, reason in ((0, "none.png", "No such file"), (1, "1.png", "empty caption"),
                                 (2, "2.png", "empty caption"), (3, "../0.png", "outside image_root")):
         item = dataset[0, index]
         assert item["replaced"][0][0] == path and reason in item["replaced"][0][1]
-        assert item["caption"] and item["image_id"] in [data.hash63(row["image"]) for row in rows[4:]]
+        assert item["text"] and item["image_id"] in [data.hash63(row["image"]) for row in rows[4:]]
         assert torch.equal(item["image"], dataset[0, index]["image"])
     with pytest.raises(data.InputError, match="20 records in a row are bad, the last '1.png' .empty caption."):
-        make_dataset(rows[1:2], root, config, tmp_path / "r.json")[0, 0]
+        make_dataset(rows[1:2], config, tmp_path / "r.json")[0, 0]
+
+
+def task_rows(rows, task):
+    """The rows of the fixture in the format of a task."""
+    names = [row["image"] for row in rows]
+    if task == "vqa":
+        answers = [["left", "right", "left", "cat"], ["dog"], "dog"] * 4
+        return [{"image": name, "question": "Is it  left?", "answer": answer, "question_id": i,
+                 "dataset": "vqa" if isinstance(answer, list) else "vg"}
+                for i, (name, answer) in enumerate(zip(names, answers))]
+    if task == "nlvr2":
+        return [{"images": [name, names[-1]], "sentence": "The left, a dog.", "label": label}
+                for name, label in zip(names, ("True", "False", True, False) * 3)]
+    if task == "entailment":
+        labels = ("entailment", "neutral", "contradiction") * 4
+        return [{"image": name[:-4], "sentence": "A dog.", "label": label} for name, label in zip(names, labels)]
+    if task == "grounding":
+        return [{"image": name, "text": "the left dog", "ref_id": i} for i, name in enumerate(names)]
+    return [row | {"image_id": i // 2} for i, row in enumerate(rows)]
+
+
+def test_vqa_samples_weigh_answers_and_flip_them_with_the_question(pairs, tmp_path):
+    rows, config = pairs
+    (tmp_path / "vg").mkdir()
+    Image.new("RGB", (20, 20), "blue").save(tmp_path / "vg" / "2.png")
+    rows = task_rows(rows, "vqa")
+    rows[3]["answer"], rows[4]["answer"], rows[5]["question"] = [], [" ", ""], "?!"
+    dataset = make_dataset(rows, config, tmp_path / "r.json", task="vqa")
+    seen = set()
+    for epoch in range(10):
+        item = dataset[epoch, 0]
+        side = "left" if item["image"][..., :6].float().mean() > item["image"][..., 10:].float().mean() else "right"
+        other = {"left": "right", "right": "left"}[side]
+        assert item["text"] == f"is it  {side}"  # spaces within a question stay [ALBEF]
+        assert item["answers"] == [side, other, "cat"] and item["answer_weights"] == [0.5, 0.25, 0.25]
+        seen.add(side)
+    assert seen == {"left", "right"}
+    item = dataset[0, 2]
+    assert (item["answers"], item["answer_weights"]) == (["dog"], [0.5]) and "image_id" not in item
+    assert item["image"][2].min() > 250 and item["image"][0].max() < 5  # below vg_image_root
+    for index, reason in ((3, "no answer"), (4, "no answer"), (5, "empty question")):
+        assert dataset[0, index]["replaced"][0] == (f"{index}.png", reason)
+
+
+def test_nlvr2_samples_have_two_images_in_order_and_are_never_flipped(pairs, tmp_path):
+    rows, config = pairs
+    Image.new("RGB", (20, 20), "blue").save(tmp_path / "11.png")
+    rows = task_rows(rows, "nlvr2")
+    rows[7]["images"][1], rows[8]["sentence"] = "none.png", "."
+    dataset = make_dataset(rows, config, tmp_path / "r.json", task="nlvr2")
+    for epoch in range(5):
+        item = dataset[epoch, 0]
+        assert item["image"].shape == (2, 3, 16, 16) and item["image"].dtype == torch.uint8
+        assert item["image"][1, 2].min() > 250 and item["image"][1, 0].max() < 5
+        assert item["image"][0, :, :, :6].float().mean() > item["image"][0, :, :, 10:].float().mean()
+        assert item["text"] == "the left a dog"
+    assert [dataset[0, index]["label"] for index in range(4)] == [1, 0, 1, 0]
+    assert "none.png: " in dataset[0, 7]["replaced"][0][1] and dataset[0, 8]["replaced"][0][1] == "empty sentence"
+
+
+def test_samples_of_entailment_retrieval_and_grounding(pairs, tmp_path):
+    rows, config = pairs
+    for number in range(12):
+        (tmp_path / f"{number}.png").rename(tmp_path / f"{number}.jpg")
+    dataset = make_dataset(task_rows(rows, "entailment"), config, tmp_path / "r.json", task="entailment")
+    assert [dataset[0, index]["label"] for index in range(3)] == [2, 1, 0]
+    assert dataset[0, 0].keys() == {"image", "text", "replaced", "label"} and not dataset[0, 0]["replaced"]
+    rows = [row | {"image": row["image"].replace("png", "jpg")} for row in rows]
+    dataset = make_dataset(task_rows(rows, "grounding"), config, tmp_path / "r.json", task="grounding")
+    assert {dataset[epoch, 5]["text"] for epoch in range(10)} == {"the left dog", "the right dog"}
+    assert dataset[0, 5]["image_id"] == data.hash63("5.jpg")
+    dataset = make_dataset(task_rows(rows, "retrieval"), config, tmp_path / "r.json", task="retrieval")
+    ids = [dataset[0, index]["image_id"] for index in range(4)]
+    assert ids[0] == ids[1] == data.hash63("0") and ids[2] == ids[3] != ids[0]
 
 
 def test_image_ids(pairs, tmp_path):
-    rows, root, config = pairs
+    rows, config = pairs
     rows[0]["image_id"], rows[1]["image_id"], rows[2]["image_id"] = 7, "7", "coco_7"
-    dataset = make_dataset(rows, root, config, tmp_path / "r.json")
+    dataset = make_dataset(rows, config, tmp_path / "r.json")
     ids = [dataset[0, index]["image_id"] for index in range(4)]
     assert ids[0] == ids[1] and len(set(ids)) == 3 and all(0 <= number < 2 ** 63 for number in ids)
     assert ids[3] == data.hash63("3.png") == 82346550029423253  # half of b2sum -l 64, the same everywhere
@@ -349,9 +510,9 @@ def test_fewer_records_than_one_step():
 
 
 def test_batches_are_the_same_for_any_number_of_workers(pairs, tmp_path, tokenizer):
-    rows, root, config = pairs
+    rows, config = pairs
     rows[5]["image"] = "none.png"
-    dataset = make_dataset(rows, root, config, tmp_path / "r.json")
+    dataset = make_dataset(rows, config, tmp_path / "r.json")
     runs = []
     for workers in (0, 2):
         loader = data.make_loader(dataset, data.ShuffledBatches(12, 4, 1, 0, 1, 0, 1), tokenizer, 5, workers)
@@ -365,6 +526,45 @@ def test_batches_are_the_same_for_any_number_of_workers(pairs, tmp_path, tokeniz
         assert batch["input_ids"][0, :4].tolist() == [VOCABULARY.index(word) for word in ("[CLS]", "a", "red", "dog")]
         assert batch["image_ids"].dtype == batch["word_ids"].dtype == torch.int64
     assert [path for batch in runs[0] for path, _ in batch["replaced"]].count("none.png") in (1, 2)
+
+
+@pytest.mark.parametrize("task", data.TASKS)
+def test_training_set_reads_the_files_of_its_task_and_makes_its_batches(pairs, tmp_path, tokenizer, task):
+    rows, config = pairs
+    os.symlink(tmp_path, tmp_path / "vg")
+    if task == "entailment":
+        for number in range(12):
+            (tmp_path / f"{number}.png").rename(tmp_path / f"{number}.jpg")
+    files = [write_json(tmp_path / "1.json", task_rows(rows, task)[:5]),
+             write_json(tmp_path / "2.json", task_rows(rows, task)[5:])]
+    key = {"pretrain": "pretrain_files", "nlvr2_pretrain": "pretrain_files", "retrieval": "retrieval_sets.scenes.train"}
+    settings = data.config_to_dict(config)
+    section = settings["data"]
+    *parts, last = key.get(task, f"{task}.train").split(".")
+    for part in parts:
+        section = section[part]
+    section[last] = files
+    dataset = data.training_set(data.config_from_dict(settings), task)
+    assert len(dataset) == 12 and not any(dataset[0, index]["replaced"] for index in range(12))
+    batch = next(iter(data.make_loader(dataset, [[(0, 0), (0, 1), (0, 2)]], tokenizer, 6, 0)))
+    assert batch["image"].shape == ((3, 2, 3, 16, 16) if task == "nlvr2" else (3, 3, 16, 16))
+    own = {"vqa": {"answer_ids", "answer_mask", "answer_question", "answer_weights"}, "nlvr2": {"labels"},
+           "entailment": {"labels"}}.get(task, {"image_ids"})
+    shared = {"image", "input_ids", "attention_mask", "word_ids", "replaced", "truncated"}
+    assert batch.keys() == shared | own
+    for name in own - {"answer_weights"}:
+        assert batch[name].dtype == torch.int64
+    if task == "nlvr2":
+        assert batch["labels"].tolist() == [1, 0, 1]
+    if task == "entailment":
+        assert batch["labels"].tolist() == [2, 1, 0]
+    if task == "vqa":
+        answers = [*dataset[0, 0]["answers"], "dog", "dog"]
+        ids = [[VOCABULARY.index(word) for word in ("[CLS]", answer, "[SEP]")] for answer in answers]
+        assert batch["answer_ids"].tolist() == ids and batch["answer_mask"].tolist() == [[1, 1, 1]] * 5
+        assert batch["answer_question"].tolist() == [0, 0, 0, 1, 2]
+        assert batch["answer_weights"].dtype == torch.float32
+        assert batch["answer_weights"].tolist() == [0.5, 0.25, 0.25, 1.0, 0.5]
 
 
 # Evaluation
@@ -388,15 +588,15 @@ def test_evaluation_resizes_to_a_square_without_cropping(tmp_path):
 
 
 def test_check_counts_what_is_missing_and_cut(pairs, tmp_path, tokenizer, capsys):
-    rows, root, config = pairs
+    rows, config = pairs
+    root = str(tmp_path)
     pretrain = write_json(tmp_path / "p.json", rows)
     evaluation = write_json(tmp_path / "e.json", rows[:2])
-    sets = {"tiny": data.RetrievalSet(root, pretrain, evaluation, evaluation)}
+    sets = {"tiny": data.Files(root, [pretrain], evaluation, evaluation)}
     files = dataclasses.replace(
-        config.data, scenes=None, tokenizer=str(tmp_path / "vocab.txt"), max_tokens=5, max_words=3,
-        pretrain_files=[pretrain], pretrain_image_root=root, retrieval="tiny", retrieval_sets=sets,
-        grounding_boxes=None, foils=None)
-    config = dataclasses.replace(config, data=files)
+        config.data, tokenizer=str(tmp_path / "vocab.txt"), max_words=3, pretrain_files=[pretrain], retrieval="tiny",
+        retrieval_sets=sets, grounding_boxes=None, foils=None)
+    config = dataclasses.replace(config, data=files, pretrain=dataclasses.replace(config.pretrain, max_tokens=5))
     assert data.check(config, "pretrain")
     out = capsys.readouterr().out
     assert f"{pretrain}: 12 records; 0 of 12 images missing" in out and out.count("2 records; 0 of 2") == 2
@@ -407,9 +607,235 @@ def test_check_counts_what_is_missing_and_cut(pairs, tmp_path, tokenizer, capsys
     rows[0]["image"], rows[1]["caption"] = "none.png", ["a", "..."]
     write_json(tmp_path / "p.json", rows)
     (tmp_path / "e.json").write_text("[")
-    files = dataclasses.replace(files, foils=str(tmp_path / "foils.json"), max_tokens=3, max_words=30)
-    assert not data.check(dataclasses.replace(config, data=files), "pretrain")
+    files = dataclasses.replace(files, foils=str(tmp_path / "foils.json"), max_words=30)
+    pretrain = dataclasses.replace(config.pretrain, max_tokens=3)
+    assert not data.check(dataclasses.replace(config, data=files, pretrain=pretrain), "pretrain")
     out = capsys.readouterr().out
     assert "1 of 12 images missing" in out and f"  missing: {root}/none.png" in out
     assert "1 are empty, 0.0% cut at 30 words, 91.7% cut at 3 tokens" in out
     assert f"{evaluation}: not JSON" in out and f"data.foils: {tmp_path}/foils.json is missing" in out
+
+
+def test_load_nlvr2_and_entailment(pairs, tmp_path):
+    rows, config = pairs
+    root = str(tmp_path)
+    loaded = data.load_nlvr2(write_json(tmp_path / "r.json", task_rows(rows, "nlvr2")), config)
+    assert len(loaded) == 12 and [row["label"] for row in loaded[:4]] == [1, 0, 1, 0]
+    assert loaded[1] == {"images": [f"{root}/1.png", f"{root}/11.png"], "text": "the left a dog", "label": 0}
+    loaded = data.load_entailment(write_json(tmp_path / "r.json", task_rows(rows, "entailment")), config)
+    assert len(loaded) == 12 and loaded[1] == {"image": f"{root}/1.jpg", "text": "a dog", "label": 1}
+
+
+def test_load_vqa_and_its_answers(pairs, tmp_path):
+    rows, config = pairs
+    rows = task_rows(rows, "vqa")
+    rows[0] |= {"question": "word " * 60, "kind": "count"}
+    del rows[1]["answer"]
+    rows[3] |= {"kind": 3, "answer": None}
+    loaded = data.load_vqa(write_json(tmp_path / "r.json", rows), config)
+    assert loaded[0] == {"image": f"{tmp_path}/0.png", "text": " ".join(["word"] * 50), "question_id": 0,
+                         "kind": "count", "answers": ["left", "right", "left", "cat"]}
+    assert loaded[1]["answers"] is None and loaded[3]["answers"] is None and "kind" not in loaded[3]
+    assert loaded[2]["answers"] == ["dog"] and loaded[2]["image"] == f"{tmp_path}/vg/2.png"
+    rows[4]["question_id"] = 2
+    with pytest.raises(data.InputError, match="r.json: record 4 .from 0.: question_id 2 was there before"):
+        data.load_vqa(write_json(tmp_path / "r.json", rows), config)
+
+    assert data.load_answers(write_json(tmp_path / "a.json", ["yes", "no"])) == ["yes", "no"]
+    for value, message in ([], "one or more strings, got \\[\\]"), (["yes", 3], "strings"), ({"yes": 1}, "strings"), \
+            (["yes", "no", "yes"], "answer 'yes' is there twice"):
+        with pytest.raises(data.InputError, match=f"a.json: .*{message}"):
+            data.load_answers(write_json(tmp_path / "a.json", value))
+    with pytest.raises(data.InputError, match="data.vqa.answers is null"):
+        data.load_answers(None)
+
+
+# References of RefCOCO: a pickle from outside
+
+REFS = [
+    {"ref_id": 7, "ann_id": 70, "image_id": 700, "split": "testA", "sentences": [{"tokens": ["red"], "raw": "r\xe9d"}]},
+    {"ref_id": 8, "ann_id": 80, "image_id": 800, "split": "val", "sentences": [], "weight": 0.5, "x": (None, True)}]
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_plain_pickles_are_read(tmp_path, protocol):
+    refs = REFS + ([REFS[0] | {"ids": {1, 2}, "raw": b"\xe9"}] if protocol > 3 else [])
+    (tmp_path / "refs.p").write_bytes(pickle.dumps(refs, protocol))
+    assert data.read_refs(tmp_path / "refs.p") == refs
+
+
+def test_pickles_of_python_2_are_read(tmp_path):
+    # What Python 2's cPickle.dump([{'ref_id': 7, ...}], file, protocol=2 and 0) writes: byte strings, not unicode.
+    two = b"\x80\x02]q\x01}q\x02(U\x06ref_idq\x03K\x07U\x06ann_idK\x08U\x08image_idK\x09U\x05splitU\x04va\xe9l" b"ua."
+    zero = b"(lp1\n(dp2\nS'ref_id'\np3\nI7\nsS'ann_id'\nL8L\nsS'image_id'\nI9\nsS'split'\nS'va\\xe9l'\nsa."
+    for content in (two, zero):
+        (tmp_path / "refs.p").write_bytes(content)
+        assert data.read_refs(tmp_path / "refs.p") == [{"ref_id": 7, "ann_id": 8, "image_id": 9, "split": "va\xe9l"}]
+
+
+class Payload:
+    def __init__(self, call, *arguments):
+        self.reduced = call, arguments
+
+    def __reduce__(self):
+        return self.reduced
+
+
+@pytest.mark.parametrize("protocol", [0, 2, 4])
+def test_pickles_that_would_run_code_are_refused(tmp_path, protocol):
+    trace = tmp_path / "trace"
+    payloads = [Payload(os.system, f"touch {trace}"), Payload(eval, f"open({str(trace)!r}, 'w')"),
+                Payload(getattr, os, "getcwd"), Payload(print, "x"), np.float64(1.0), np.zeros(3), bytearray(b"x"),
+                torch.zeros(2), pytest.raises]
+    for payload in payloads:
+        try:
+            content = pickle.dumps([REFS[0] | {"extra": payload}], protocol)
+        except TypeError:  # modules are not pickled: named by hand instead
+            content = b"cos\nsystem\n(S'touch " + str(trace).encode() + b"'\ntR."
+        (tmp_path / "refs.p").write_bytes(content)
+        with pytest.raises(data.InputError, match="refs.p: no pickle of RefCOCO's references .it names ") as error:
+            data.read_refs(tmp_path / "refs.p")
+        assert "\n" not in str(error.value) and not trace.exists()
+
+
+def test_calls_through_other_opcodes_are_refused(tmp_path):
+    trace = tmp_path / "trace"
+    command = f"touch {trace}".encode()
+    for content in (
+        b"(S'" + command + b"'\nios\nsystem\n.",  # INST
+        b"(cos\nsystem\nS'" + command + b"'\no.",  # OBJ
+        b"\x80\x02cos\nsystem\nX" + struct.pack("<I", len(command)) + command + b"\x85\x81.",  # NEWOBJ
+        b"\x80\x04\x8c\x02os\x8c\x06system\x93\x8c" + bytes([len(command)]) + command + b"\x85R.",  # STACK_GLOBAL
+        b"\x80\x02\x82\x01.", b"Px\n.", b"\x80\x02K\x01Q.",  # EXT1, persistent ids
+        b"\x80\x02]}b.", b"\x80\x02]K\x01K\x02s.",  # BUILD and SETITEM on a list
+    ):
+        (tmp_path / "refs.p").write_bytes(content)
+        with pytest.raises(data.InputError, match="refs.p: no pickle of RefCOCO's references"):
+            data.read_refs(tmp_path / "refs.p")
+        assert not trace.exists()
+
+
+def test_broken_pickles_are_refused(tmp_path, monkeypatch):
+    whole = pickle.dumps(REFS, 2)
+    path = tmp_path / "refs.p"
+    for content in [whole[:length] for length in range(0, len(whole), 7)] + [b"[]", b"\x80\xff.", b"\x80\x02J", b"}]s.",
+                                                                           b"\x80\x04\x8e" + b"\xff" * 8 + b"."]:
+        path.write_bytes(content)
+        with pytest.raises(data.InputError, match="refs.p: no pickle of RefCOCO's references .") as error:
+            data.read_refs(path)
+        assert "\n" not in str(error.value)
+    for value, message in ({}, "wanted a list of one or more records"), ([3], "record 0 .from 0.: wanted an object"), \
+            ([REFS[0], {"ref_id": 1}], "record 1 .from 0.: key 'ann_id' is missing"), \
+            ([REFS[0] | {"image_id": True}], "key 'image_id': wanted int, got bool"):
+        path.write_bytes(pickle.dumps(value, 2))
+        with pytest.raises(data.InputError, match=f"refs.p: .*{message}"):
+            data.read_refs(path)
+    with pytest.raises(data.InputError, match="none.p: .*No such file"):
+        data.read_refs(tmp_path / "none.p")
+    with pytest.raises(data.InputError, match="no pickle .*directory"):
+        data.read_refs(tmp_path)
+    path.write_bytes(whole)
+    monkeypatch.setattr(data, "MAX_REFS_BYTES", len(whole) - 1)
+    with pytest.raises(data.InputError, match="refs.p: .*over .* bytes"):
+        data.read_refs(path)
+
+
+@pytest.fixture
+def grounding(pairs, tmp_path, tokenizer):
+    """Two expressions with all the files that belong to them: rows, the files' contents, config."""
+    rows, config = pairs
+    rows = [row | {"ref_id": 7 + i} for i, row in enumerate(task_rows(rows, "grounding")[:2])]
+    contents = {
+        "rows": rows, "dets": {"700": [[1, 2.5, 3, 4, 0.9], [0, 0, 0, 5], [5, 6, 7, 8]]},
+        "instances": {"images": [{"id": 700, "height": 20, "width": 24}, {"id": 800, "height": 9, "width": 8}],
+                      "annotations": [{"id": 70, "image_id": 700, "bbox": [1, 2, 3.5, 4]},
+                                      {"id": 80, "image_id": 800, "bbox": [0, 0, 2, 2]}]}}
+    (tmp_path / "refs.p").write_bytes(pickle.dumps(REFS, 2))
+    paths = {name: str(tmp_path / f"{name}.json") for name in contents}
+    files = data.GroundingFiles(str(tmp_path), [paths["rows"]], paths["rows"], None, dets=paths["dets"],
+                                refs=str(tmp_path / "refs.p"), instances=paths["instances"])
+    files = dataclasses.replace(config.data, grounding=files, tokenizer=str(tmp_path / "vocab.txt"),
+                                grounding_boxes=None, foils=None)
+    return contents, paths, dataclasses.replace(config, data=files)
+
+
+def test_load_grounding_joins_references_boxes_and_proposals(grounding, tmp_path):
+    contents, paths, config = grounding
+    for name, content in contents.items():
+        write_json(tmp_path / f"{name}.json", content)
+    assert data.load_grounding(paths["rows"], config) == [
+        {"image": f"{tmp_path}/0.png", "text": "the left dog", "ref_id": 7, "split": "testA", "image_id": 700,
+         "bbox": [1, 2, 3.5, 4], "height": 20, "width": 24, "dets": [[1, 2.5, 3, 4], [5, 6, 7, 8]]},
+        {"image": f"{tmp_path}/1.png", "text": "the left dog", "ref_id": 8, "split": "val", "image_id": 800,
+         "bbox": [0, 0, 2, 2], "height": 9, "width": 8, "dets": []}]
+    null = dataclasses.replace(config.data, grounding=dataclasses.replace(config.data.grounding, dets=None))
+    with pytest.raises(data.InputError, match="data.grounding.dets is null"):
+        data.load_grounding(paths["rows"], dataclasses.replace(config, data=null))
+
+
+@pytest.mark.parametrize("spoil, message", [
+    (lambda files: files["rows"][1].update(ref_id=9), "rows.json: record 1 .from 0.: ref_id 9 is not in .*refs.p"),
+    (lambda files: files["instances"]["annotations"].pop(), "rows.json: record 1 .*annotation 80 has no bbox in .*"),
+    (lambda files: files["instances"]["annotations"][0].update(bbox=[1, 2, 3]), "record 0 .*annotation 70 has no bbox"),
+    (lambda files: files["instances"]["annotations"][0].update(bbox=[1, 2, 3, math.nan]), "annotation 70 has no bbox"),
+    (lambda files: files["instances"]["images"].pop(), "record 1 .*image 800 has no size in .*instances.json"),
+    (lambda files: files["instances"]["images"][0].update(height=0), "record 0 .*image 700 has no size"),
+    (lambda files: files["instances"]["images"][0].update(height="9"), "images: record 0 .*'height': wanted int"),
+    (lambda files: files["instances"].pop("images"), "instances.json: images: wanted a list of one or more records"),
+    (lambda files: files.update(instances=[]), "instances.json and .*dets.json: wanted a JSON object in each"),
+    (lambda files: files.update(dets=[]), "wanted a JSON object in each"),
+    (lambda files: files["dets"].update({"700": [[1, 2, 3]]}), "record 0 .*image 700 in .*dets.json are no boxes"),
+    (lambda files: files["dets"].update({"700": 3}), "image 700 in .*dets.json are no boxes"),
+])
+def test_files_of_grounding_that_do_not_fit_name_row_and_file(grounding, tmp_path, spoil, message):
+    contents, paths, config = grounding
+    spoil(contents)
+    for name, content in contents.items():
+        write_json(tmp_path / f"{name}.json", content)
+    with pytest.raises(data.InputError, match=message) as error:
+        data.load_grounding(paths["rows"], config)
+    assert "\n" not in str(error.value)
+
+
+def test_check_of_grounding_counts_expressions_without_proposals(grounding, tmp_path, capsys):
+    contents, paths, config = grounding
+    for name, content in contents.items():
+        write_json(tmp_path / f"{name}.json", content)
+    assert data.check(config, "grounding")
+    out = capsys.readouterr().out
+    assert out.count("2 records; 0 of 2 images missing") == 2 and out.count("of 2 texts 0 are empty") == 2
+    assert out.count(f"1 of 2 texts have no proposals in {paths['dets']}") == 1
+    os.remove(paths["dets"])
+    assert not data.check(config, "grounding") and "dets.json: cannot be read" in capsys.readouterr().out
+
+
+def test_check_of_the_other_tasks(pairs, tmp_path, tokenizer, capsys):
+    rows, config = pairs
+    os.symlink(tmp_path, tmp_path / "vg")
+    root, files = str(tmp_path), {}
+    for task in ("vqa", "nlvr2", "entailment"):
+        contents = task_rows(rows, task)
+        parts = contents, contents[:4]
+        files[task] = [write_json(tmp_path / f"{task}{i}.json", part) for i, part in enumerate(parts)]
+    answers = write_json(tmp_path / "answers.json", ["left", "right"])
+    settings = dataclasses.replace(
+        config.data, tokenizer=str(tmp_path / "vocab.txt"), grounding_boxes=None, foils=None,
+        vqa=data.VqaFiles(root, files["vqa"][:1], files["vqa"][1], None, f"{root}/vg", answers),
+        nlvr2=data.Files(root, files["nlvr2"][:1], None, files["nlvr2"][1]),
+        entailment=data.Files(root, files["entailment"][:1], files["entailment"][1], None))
+    config = dataclasses.replace(config, data=settings, vqa=dataclasses.replace(config.vqa, max_tokens=3))
+    assert data.check(config, "vqa")
+    out = capsys.readouterr().out
+    assert "12 records; 0 of 12 images missing" in out and "4 records; 0 of 4 images missing" in out
+    assert "of 12 questions 0 are empty, 0.0% cut at 30 words, 100.0% cut at 3 tokens" in out
+    assert "of 4 questions 0 are empty, 0.0% cut at 50 words" in out
+    assert out.count("of 24 answers 50.0% are in ") == 1  # 3 of 4 answers, then none of 2, four times
+    assert data.check(config, "nlvr2")
+    assert "of 12 sentences 0 are empty" in capsys.readouterr().out
+    assert not data.check(config, "entailment")
+    out = capsys.readouterr().out
+    assert "12 of 12 images missing" in out and f"  missing: {root}/0.jpg" in out
+    write_json(tmp_path / "vqa1.json", task_rows(rows, "vqa")[:2] * 2)
+    assert not data.check(config, "vqa") and "question_id 0 was there before" in capsys.readouterr().out
+    write_json(tmp_path / "answers.json", [])
+    assert not data.check(config, "vqa") and "answers.json: wanted a JSON list" in capsys.readouterr().out

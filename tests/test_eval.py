@@ -1,5 +1,6 @@
 """eval.py: retrieval against naive loops, pointing and foils by hand, and its commands on a small trained run."""
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -26,12 +27,16 @@ def scene():
     settings = data.config_to_dict(config)
     torch.manual_seed(3)
     method = settings["method"] | {"queue_size": 0}
-    model = softmask.build_pretrain_model(len(tokenizer), settings["model"], method).eval()
+    model = softmask.build_model("pretrain", len(tokenizer), settings["model"], method).eval()
     with torch.no_grad():  # of a start from N(0, 0.02) all scores are alike
         for parameter in model.parameters():
             if parameter.ndim > 1:
                 parameter.mul_(3)
     return model, tokenizer, config, commands.scenes_folder()
+
+
+def tokenize_with(tokenizer, config):
+    return functools.partial(softmask.tokenize, tokenizer, max_tokens=config.pretrain.max_tokens)
 
 
 # Retrieval
@@ -73,11 +78,11 @@ def test_scores_that_tell_nothing_get_nothing(value):
 @pytest.mark.parametrize("top_k", [3, 100])
 def test_retrieval_scores_are_those_of_single_pairs(top_k, scene):
     model, tokenizer, config, folder = scene
-    config = dataclasses.replace(config, eval=data.EvalConfig(batch_size=4, top_k=top_k, pictures=1))
+    config = dataclasses.replace(config, eval=data.EvalConfig(batch_size=4, top_k=top_k, answers_top_k=1, pictures=1))
     paths = [str(folder / "images" / "val" / f"{number:05d}.jpg") for number in range(7)]
     captions = [*CAPTIONS, "a large green square below a small white triangle", *CAPTIONS[:2], "purple", "a cross"]
-    sim, scores_i2t, scores_t2i = evaluation.retrieval_scores(model, tokenizer, paths, captions, config)
-    api = softmask.Pretrained(model, tokenizer, config.data.max_tokens, config.data.max_words)
+    sim, scores_i2t, scores_t2i = evaluation.retrieval_scores(model, tokenize_with(tokenizer, config), paths, captions, config)
+    api = softmask.Pretrained(model, tokenizer, config.pretrain.max_tokens, config.data.max_words)
     images = [data.read_image(path) for path in paths]
     image_feat, text_feat = [api.encode_image(image) for image in images], [api.encode_text(text) for text in captions]
     for i, image in enumerate(images):
@@ -139,7 +144,7 @@ def test_grounding_looks_at_the_pieces_of_the_shape_word(scene, monkeypatch):
     row = json.loads((folder / "boxes_test.json").read_text())[0]
     row |= {"caption": "a small red diamond left of a large blue star", "other_boxes": []}
     row["objects"] = [{"word_index": 3, "box": [0, 0, 8, 8]}, {"word_index": 9, "box": [24, 16, 8, 8]}]
-    tokens = softmask.tokenize(tokenizer, [row["caption"]], config.data.max_tokens)
+    tokens = softmask.tokenize(tokenizer, [row["caption"]], config.pretrain.max_tokens)
     diamond, star = ((tokens["word_ids"][0] == index).nonzero().flatten() for index in (3, 9))
     assert len(diamond) == 2 and len(star) == 1  # "diamond" has two pieces
     patches = {"diamond": 0, "star": 2 * 4 + 3}
@@ -153,11 +158,11 @@ def test_grounding_looks_at_the_pieces_of_the_shape_word(scene, monkeypatch):
         return cam
 
     monkeypatch.setattr(softmask, "word_attention", fake_attention)
-    right = evaluation.grounding_metrics(model, tokenizer, [row], folder, 32, config)
+    right = evaluation.pointing_metrics(model, tokenize_with(tokenizer, config), [row], folder, 32, config)
     assert (right["hit_own"], right["mass_own"], right["hit_other"], right["objects"]) == (100, 100, 0, 2)
     assert right["ratio"] == math.inf and right["area_own"] == pytest.approx(100 / 16)
     patches["diamond"], patches["star"] = patches["star"], patches["diamond"]
-    wrong = evaluation.grounding_metrics(model, tokenizer, [row] * 3, folder, 32, config)
+    wrong = evaluation.pointing_metrics(model, tokenize_with(tokenizer, config), [row] * 3, folder, 32, config)
     assert (wrong["hit_own"], wrong["mass_own"], wrong["hit_other"], wrong["ratio"]) == (0, 0, 100, 0)
     assert wrong["objects"] == 6
 
@@ -165,7 +170,7 @@ def test_grounding_looks_at_the_pieces_of_the_shape_word(scene, monkeypatch):
 def test_grounding_leaves_no_gradient(scene):
     model, tokenizer, config, folder = scene
     rows = json.loads((folder / "boxes_test.json").read_text())
-    metrics = evaluation.grounding_metrics(model, tokenizer, rows, folder, 32, config)
+    metrics = evaluation.pointing_metrics(model, tokenize_with(tokenizer, config), rows, folder, 32, config)
     assert metrics["objects"] == 26 and 0 <= metrics["hit_own"] <= 100
     assert all(parameter.grad is None for parameter in model.parameters())
 
@@ -185,7 +190,7 @@ def test_foils_by_hand(scene, monkeypatch):
             return torch.stack([-scores, scores], dim=1)
 
     monkeypatch.setattr(model, "itm_head", Scores())
-    metrics = evaluation.foil_metrics(model, tokenizer, rows, folder, config)
+    metrics = evaluation.foil_metrics(model, tokenize_with(tokenizer, config), rows, folder, config)
     assert metrics["color"] == {"accuracy": 50.0, "standard_error": pytest.approx(25.0), "foils": 4}
     assert metrics["shape"]["accuracy"] == 0 and metrics["shape"]["foils"] == 3
 
@@ -237,7 +242,7 @@ def test_masks_of_an_image_of_ones_own(mode, size, name, text, words, trained, t
     (["masks", "--image", "photo.jpg", "--text", " ... "], "--text ' ... ' has no word"),
     (["masks", "--out", "none/sheet.png"], "none/sheet.png"),
     (["pretrain", "data.grounding_boxes=none.json"], "none.json: cannot be read"),
-    (["dream"], "'dream' is none of pretrain, masks"),
+    (["dream"], "'dream' is none of pretrain, retrieval"),
     (["pretrain", "masks"], "'pretrain masks' is none of"),
     (["pretrain", "model.widht=3"], "model.widht is no setting"),
     (["pretrain", "--checkpoint", "none"], "none: no such file, and no folder with best.pt or checkpoint.pt"),

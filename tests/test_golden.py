@@ -32,44 +32,44 @@ def load(name):
     return settings, state, io
 
 
-def build(settings, state):
-    """SoftMask++ with every innovation off, at the golden set's dimensions and weights."""
-    encoders = softmask.Encoders(
-        settings["vocab"],
-        settings["image_size"],
-        settings["patch"],
-        settings["width"],
-        settings["vision_layers"],
-        settings["heads"],
-        settings["width"],
-        settings["fusion_layer"],
-        settings["bert_layers"] - settings["fusion_layer"],
-        settings["heads"],
-        next(v for k, v in state.items() if k.endswith("position_embeddings.weight")).shape[0],
-        settings["embed_dim"],
-        settings["dropout"],
-    )
-    model = softmask.PretrainModel(
-        encoders,
-        settings["queue"],
-        settings["momentum"],
-        temp=0.07,
-        soft_mask=False,
-        soft_mask_negatives=False,
-        attention_layer=None,
-        focal_gamma=0.0,
-        mask_text_for="mlm",
-    )
-    state = dict(state)
-    queues = {key: state.pop(key) for key in list(state) if "queue" in key}
-    renamed = softmask.rename_albef(state, settings["fusion_layer"])
-    softmask.load_weights(model, renamed, ("queue", "mlm_head"))  # ALBEF's retrieval model has no MLM head
-    model.image_queue.copy_(queues["image_queue"].T)
-    model.text_queue.copy_(queues["text_queue"].T)
-    model.queue_written.copy_(queues["queue_ptr"][0] + len(model.image_queue))  # full, as ALBEF's queues always are
-    if "idx_queue" in queues:
-        model.queue_ids.copy_(queues["idx_queue"][0])
-    return model
+def build(settings, state, task="retrieval"):
+    """The model of a task with every innovation off, at the golden set's dimensions and weights; "albef": pre-training."""
+    embeddings = next(value for key, value in state.items() if key.endswith("position_embeddings.weight"))
+    model = {
+        "image_size": settings["image_size"],
+        "patch_size": settings["patch"],
+        "vision_width": settings["width"],
+        "vision_layers": settings["vision_layers"],
+        "vision_heads": settings["heads"],
+        "text_width": settings["width"],
+        "text_layers": settings["fusion_layer"],
+        "fusion_layers": (settings["bert_layers"] - settings["fusion_layer"]) // (2 if task == "nlvr2" else 1),
+        "text_heads": settings["heads"],
+        "max_positions": len(embeddings),
+        "embed_dim": settings["embed_dim"],
+        "dropout": settings["dropout"],
+    }
+    method = {"queue_size": settings["queue"], "momentum": settings["momentum"], "temp": 0.07, "attention_layer": None}
+    method |= {"soft_mask": False, "soft_mask_negatives": False, "focal_gamma": 0.0, "mask_text_for": "mlm"}
+    if task == "vqa":  # its decoder has a number of layers of its own
+        encoders = softmask.Encoders(settings["vocab"], **model)
+        built = softmask.VqaModel(encoders, settings["decoder_layers"], settings["momentum"])
+    else:
+        built = softmask.build_model("pretrain" if task == "albef" else task, settings["vocab"], model, method)
+    fresh, left = softmask.load_start(built, state)
+    task_leaves_alone = tuple(f"encoders.{name}." for name in built.unused)
+    assert not left and all(key.startswith(task_leaves_alone) for key in fresh), (left, fresh)
+    if "image_queue" in state:
+        built.image_queue.copy_(state["image_queue"].T)
+        built.text_queue.copy_(state["text_queue"].T)
+        built.queue_written.copy_(state["queue_ptr"][0] + settings["queue"])  # full, as ALBEF's queues always are
+    if "idx_queue" in state:
+        built.queue_ids.copy_(state["idx_queue"][0])
+    return built
+
+
+def word_ids(batch):
+    return torch.where(batch["attention_mask"].bool(), torch.arange(batch["input_ids"].shape[1]), -1)
 
 
 def step(model, io, alpha, monkeypatch, prefix=""):
@@ -89,7 +89,7 @@ def step(model, io, alpha, monkeypatch, prefix=""):
         batch["attention_mask"],
         batch.get("masked_ids", ids),
         batch.get("mlm_labels", unmasked),
-        torch.where(batch["attention_mask"].bool(), torch.arange(ids.shape[1]), -1),
+        word_ids(batch),
         batch.get("image_id"),
         alpha,
     )
@@ -110,7 +110,7 @@ def lookup(model, name, gradient=False):
 
 def test_pretrain_forward():
     settings, state, io = load("pretrain")
-    model = build(settings, state).eval()
+    model = build(settings, state, "albef").eval()
     encoders, mask = model.encoders, io["attention_mask"]
     with torch.no_grad():
         image_embeds = encoders.encode_image(io["image"])
@@ -127,7 +127,7 @@ def test_pretrain_forward():
 
 def test_pretrain_step(monkeypatch):
     settings, state, io = load("pretrain")
-    model = build(settings, state)
+    model = build(settings, state, "albef")
     losses = step(model, io, settings["alpha"], monkeypatch)
     for name in ("mlm", "itc", "itm"):
         assert_near(losses[name], io[f"loss_{name}"])
@@ -146,7 +146,7 @@ def test_pretrain_step(monkeypatch):
 
 def test_gradcam_of_every_fusion_layer():
     settings, state, io = load("pretrain")
-    model = build(settings, state).eval()
+    model = build(settings, state, "albef").eval()
     encoders, mask = model.encoders, io["attention_mask"]
     for layer in range(settings["bert_layers"] - settings["fusion_layer"]):
         image_embeds = encoders.encode_image(io["image"])
@@ -168,7 +168,7 @@ def test_gradcam_of_every_fusion_layer():
 
 def test_three_steps_with_a_queue_that_wraps(monkeypatch):
     settings, state, io = load("steps")
-    model = build(settings, state)
+    model = build(settings, state, "albef")
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=settings["learning_rate"])
     for n in range(3):
         losses = step(model, io, settings["alpha"], monkeypatch, f"{n}.")
@@ -188,9 +188,46 @@ def test_retrieval_losses_with_an_image_twice(monkeypatch):
     losses = step(model, io, settings["alpha"], monkeypatch)
     assert_near(losses["itc"], io["loss_itc"])
     assert_near(losses["itm"], io["loss_itm"])
-    assert losses["mlm"] == 0
+    assert losses.keys() == {"itc", "itm"}
     assert torch.equal(model.queue_ids, io["after.idx_queue"][0])
     assert model.queue_written % len(model.image_queue) == io["after.queue_ptr"][0]
+
+
+@pytest.mark.parametrize("task", ["nlvr2", "entailment"])
+def test_classification(task):
+    settings, state, io = load(task)
+    model = build(settings, state, task).eval()
+    image = io["image"]
+    if task == "nlvr2":
+        image = torch.stack(image.chunk(2), dim=1)
+    text = io["input_ids"], io["attention_mask"]
+    assert_near(model.logits(model.encoders, image, *text), io["logits"])
+    model.train().update_twin()
+    losses, _ = model(image, *text, io["target"], settings["alpha"])
+    assert_near(losses["cls"], io["loss"])
+
+
+def test_vqa():
+    settings, state, io = load("vqa")
+    model = build(settings, state, "vqa").eval()
+    question = io["image"], io["input_ids"], io["attention_mask"]
+    index, probs = model.rank_answers(*question, io["candidate_ids"], io["candidate_mask"], settings["k_test"])
+    assert torch.equal(index, io["topk_ids"])
+    assert_near(probs, io["topk_probs"])
+    model.train().update_twin()
+    answer_question = torch.repeat_interleave(io["answers_per_question"])
+    answers = io["answer_ids"], io["answer_mask"], answer_question, io["answer_weight"]
+    losses, _ = model(*question, *answers, settings["alpha"])
+    assert_near(losses["vqa"], io["loss"])
+
+
+@pytest.mark.parametrize("task", ["pretrain", "retrieval", "vqa", "nlvr2", "entailment"])
+def test_export_gives_back_albefs_checkpoint(task):
+    settings, state, _ = load(task)
+    exported = softmask.export_albef(build(settings, state, "albef" if task == "pretrain" else task))
+    assert exported.keys() == state.keys()
+    for name, tensor in state.items():
+        assert torch.equal(exported[name], tensor), name
 
 
 def test_position_embedding_resize():
@@ -220,6 +257,6 @@ def test_retrieval_metrics():
 
 def test_features_have_length_one():
     settings, state, io = load("pretrain")
-    encoders = build(settings, state).encoders
+    encoders = build(settings, state, "albef").encoders
     feat = encoders.text_feat(encoders.encode_text(io["input_ids"], io["attention_mask"]))
     assert_near(feat, F.normalize(feat, dim=1))

@@ -1,4 +1,6 @@
-"""The embedded scenes: what captions and foils say is checked by a parser of its own, boxes by the pixels."""
+"""The embedded scenes: a parser of its own checks what captions, foils and the tasks' texts say, pixels check boxes."""
+import collections
+import hashlib
 import json
 import re
 
@@ -7,6 +9,7 @@ import pytest
 from PIL import Image
 
 import data
+import softmask
 
 COUNTS = {"train": 60, "val": 80, "test": 80}
 SIDE = 64
@@ -33,7 +36,8 @@ def load(folder, name):
 
 def candidates(phrase, scene):
     words = {word: kind for kind, members in WORDS.items() for word in members}
-    return [thing for thing in scene["objects"] if all(thing[words[word]] == word for word in phrase.split())]
+    said = [word for word in phrase.split() if word != "object"]
+    return [thing for thing in scene["objects"] if all(thing[words[word]] == word for word in said)]
 
 
 def relates(a, name, b, loosely):
@@ -197,10 +201,10 @@ def test_losing_the_race_keeps_the_winner(rendered, tmp_path, monkeypatch):
     write = data.write_split
 
     def slow_write(folder, split, drawn):
-        write(folder, split, drawn)
         if split == "test":  # another process finishes first
             monkeypatch.setattr(data, "write_split", write)
             data.render_scenes(tmp_path, level, 2, 2, 2, SIDE, 0)
+        return write(folder, split, drawn)
 
     monkeypatch.setattr(data, "write_split", slow_write)
     folder = data.render_scenes(tmp_path, level, 2, 2, 2, SIDE, 0)
@@ -236,9 +240,214 @@ def test_vocabulary(rendered):
     assert len(set(lines)) == len(lines) and "" not in lines
     vocabulary = set(lines)
     texts = [row["caption"] for row in load(folder, "retrieval_train.json")]
-    texts += [row["foil"] for row in load(folder, "foils_test.json")]
-    questions = "what color is the object left of there are exactly two more than how many in each both images yes no"
-    for word in {word for text in texts + [questions] for word in text.split()}:
-        assert len(pieces(word, vocabulary)) <= 2 and "[UNK]" not in pieces(word, vocabulary), word
+    texts += [row["foil"] for row in load(folder, "foils_test.json")] + load(folder, "answer_list.json")
+    for task, key in (("vqa", "question"), ("nlvr2", "sentence"), ("entailment", "sentence"), ("grounding", "text")):
+        texts += [row[key] for split in COUNTS for row in load(folder, f"{task}_{split}.json")]
+    for word in {word for text in texts for word in text.split()}:
+        plural = word in ("triangles", "diamonds", "crosses")  # spelt with a letter or two
+        assert len(pieces(word, vocabulary)) <= 2 + plural and "[UNK]" not in pieces(word, vocabulary), word
+    assert all(softmask.clean_question(text, 30) == softmask.clean_caption(text, 30) == text for text in texts)
     assert pieces("triangle", vocabulary) == ["tri", "##angle"] and pieces("yellow", vocabulary) == ["yel", "##low"]
     assert "[UNK]" not in pieces("zebra7x", vocabulary)
+
+
+# What the version of the draws settles: scenes, captions, boxes and foils, as they were before there were tasks.
+DRAWN = {"plain": "4ea691fa4bedd850", "rich": "50b2a569ab551307"}
+
+
+def test_draws_are_unchanged(rendered):
+    level, folder = rendered
+    names = ["pretrain", *(f"{kind}_{split}" for kind in ("scenes", "retrieval") for split in COUNTS),
+             *(f"{kind}_{split}" for kind in ("boxes", "foils") for split in ("val", "test"))]
+    content = b"".join((folder / name).read_bytes() for name in sorted(f"{name}.json" for name in names))
+    assert hashlib.sha256(content).hexdigest()[:16] == DRAWN[level]
+
+
+PLAIN_NOUN = NOUN.removeprefix("an? ")
+THE = PLAIN_NOUN[:-1].replace("circle|", "circle|object|") + ")"  # as in "the red object"
+UNDECIDED = "(?:heavy|warm|old|soft|wet|cheap)"
+
+
+def task_rows(folder, task):
+    """Yield split, the scenes by image, and the rows of a task."""
+    for split in COUNTS:
+        scenes = {scene["image"]: scene for scene in load(folder, f"scenes_{split}.json")}
+        yield split, scenes, load(folder, f"{task}_{split}.json")
+
+
+def the_one(text, scene):
+    """The one object that "the N" or "the N RELATION the N" means; without the leading "the"."""
+    match = re.fullmatch(f"{THE}(?: {RELATION} the {PLAIN_NOUN})?", text)
+    assert match, text
+    noun, relation, other = match.groups()
+    found = candidates(noun, scene)
+    if relation:
+        others = candidates(other, scene)
+        assert len(others) == 1, text
+        assert [thing for thing in found if relates(thing, relation, others[0], False)] == \
+            [thing for thing in found if relates(thing, relation, others[0], True)], text
+        found = [thing for thing in found if relates(thing, relation, others[0], False)]
+    assert len(found) == 1, text
+    return found[0]
+
+
+def answer_to(question, scene):
+    """Answer a question anew: (kind, answer)."""
+    if match := re.fullmatch("what (color|shape) is the (.*)", question):
+        return match[1], the_one(match[2], scene)[match[1]]
+    if match := re.fullmatch("how many (.*) are there", question):
+        nouns = {"circles": "circle", "crosses": "cross"} | {f"{shape}s": shape for shape in WORDS["shape"]}
+        noun = nouns.get(match[1], match[1].removesuffix("s"))
+        return "count", "zero one two three four".split()[len(candidates(noun, scene))]
+    if match := re.fullmatch(f"where is the {PLAIN_NOUN} seen from the {PLAIN_NOUN}", question):
+        a, b = (the_one(noun, scene) for noun in match.groups())
+        return "relation", *(name.split()[0] for name in RELATIONS if relates(a, name, b, False))
+    match = re.fullmatch(f"is the {PLAIN_NOUN} {RELATION} the {PLAIN_NOUN}", question)
+    assert match, question
+    a, b = the_one(match[1], scene), the_one(match[3], scene)
+    assert relates(a, match[2], b, False) == relates(a, match[2], b, True)
+    return "relation", "yes" if relates(a, match[2], b, False) else "no"
+
+
+def mirrored(scene):
+    return {"objects": [thing | {"box": [SIDE - thing["box"][0] - thing["box"][2], *thing["box"][1:]]}
+                        for thing in scene["objects"]]}
+
+
+def test_vqa(rendered):
+    level, folder = rendered
+    ids, answers = [], set()
+    for split, scenes, rows in task_rows(folder, "vqa"):
+        wanted = (2 if split == "train" else 3) * COUNTS[split]
+        assert wanted - (level == "rich") * wanted // 100 <= len(rows) <= wanted
+        assert len({(row["image"], row["question"]) for row in rows}) == len(rows)
+        kinds = collections.defaultdict(collections.Counter)
+        for row in rows:
+            scene, (answer,) = scenes[row["image"]], row["answer"]
+            assert (row["kind"], answer) == answer_to(row["question"], scene), row
+            turned = softmask.flip_words(row["question"]), softmask.flip_words(answer)
+            assert answer_to(turned[0], mirrored(scene)) == (row["kind"], turned[1]), row
+            assert row["dataset"] == "vqa"
+            kinds[row["kind"]][answer] += 1
+        assert set(kinds) == {"color", "shape", "count", "relation"}
+        sizes = [sum(said.values()) for said in kinds.values()]
+        assert max(sizes) - min(sizes) <= 1 + (wanted - len(rows))
+        assert all(max(said.values()) <= 0.5 * sum(said.values()) for said in kinds.values()), kinds
+        assert abs(kinds["relation"]["yes"] - kinds["relation"]["no"]) <= 3 and kinds["relation"]["yes"] >= 3
+        assert set(kinds["color"]) == set(WORDS["color"]) and set(kinds["shape"]) == set(WORDS["shape"])
+        assert {"zero", "one", "two"} <= set(kinds["count"])
+        ids += [row["question_id"] for row in rows]
+        answers |= {answer for said in kinds.values() for answer in said}
+    assert len(set(ids)) == len(ids)
+    assert load(folder, "answer_list.json") == sorted(answers)
+
+
+def judged(sentence, left, right):
+    """Whether a sentence about two images is true."""
+    if match := re.fullmatch(rf"(?:an? {THE} is in both images or none|exactly one image has an? {THE})", sentence):
+        both = bool(candidates(match[1] or match[2], left)) == bool(candidates(match[1] or match[2], right))
+        return both == bool(match[1])
+    match = re.fullmatch(f"the (.*) has (?:the (same)|a different) ([a-z]+) in (?:both images|each image)", sentence)
+    assert match, sentence
+    things = [candidates(match[1], scene) for scene in (left, right)]
+    assert all(len(found) == 1 for found in things), sentence
+    return (things[0][0][match[3]] == things[1][0][match[3]]) == bool(match[2])
+
+
+def test_nlvr2_is_decided_by_both_images_together(rendered):
+    level, folder = rendered
+    for split, scenes, rows in task_rows(folder, "nlvr2"):
+        assert len(rows) == COUNTS[split] * (1 if split == "train" else 2)
+        balance = collections.Counter()
+        for row in rows:
+            assert type(row["label"]) is (str if split == "train" else bool)
+            label = row["label"] in (True, "True")
+            assert label or row["label"] in (False, "False")
+            left, right = row["images"]
+            assert left != right and label == judged(row["sentence"], scenes[left], scenes[right]), row
+            for given in (("", row["sentence"]), ("left", left, row["sentence"]), ("right", right, row["sentence"])):
+                balance[given] += 1 if label else -1
+        assert not any(balance.values())
+        kinds = collections.Counter(row["kind"] for row in rows)
+        assert set(kinds) == {"color", "shape", "size", "same"} | ({"texture"} if level == "rich" else set())
+        assert max(kinds.values()) - min(kinds.values()) <= 4
+        assert len({image for row in rows for image in row["images"]}) > 0.9 * COUNTS[split]
+
+
+def test_entailment(rendered):
+    _, folder = rendered
+    forms = {rf"(?P<claim>.*) or an object is {UNDECIDED}": ("entailment", "neutral"),
+             rf"an object is {UNDECIDED} or (?P<claim>.*)": ("entailment", "neutral"),
+             rf"(?P<claim>{NOUN} is as {UNDECIDED} as {NOUN})": ("neutral", "contradiction"),
+             rf"(?P<claim>.*) is {UNDECIDED}": ("neutral", "contradiction"),
+             r"(?P<claim>.*)": ("entailment", "contradiction")}
+    for split, scenes, rows in task_rows(folder, "entailment"):
+        assert len(rows) == (2 if split == "train" else 3) * COUNTS[split]
+        told = collections.Counter()
+        for row in rows:
+            match, labels = next((match, labels) for form, labels in forms.items()
+                                 if (match := re.fullmatch(form, row["sentence"])))
+            claim, scene = re.sub(f" is as {UNDECIDED} as ", " and ", match["claim"]), scenes[row["image"] + ".jpg"]
+            true = verdict(claim, scene)[0]
+            assert true or not verdict(claim, scene, loosely=True)[0], row
+            assert row["label"] == labels[0 if true else 1], row
+            told[labels, row["label"]] += 1
+        # Each wording has its two labels equally often, and so have the three labels among all.
+        assert len(told) == 6 and set(told.values()) == {len(rows) // 6}
+
+
+def overlap(a, b):
+    """IoU of two boxes, by painting them."""
+    painted = np.zeros((2, SIDE, SIDE), bool)
+    for canvas, (x, y, w, h) in zip(painted, (a[:4], b[:4])):
+        canvas[y:y + h, x:x + w] = True
+    return (painted[0] & painted[1]).sum() / (painted[0] | painted[1]).sum()
+
+
+def test_grounding(rendered):
+    _, folder = rendered
+    refs = {ref["ref_id"]: ref for ref in data.read_refs(folder / "refs(unc).p")}
+    instances, dets = load(folder, "instances.json"), load(folder, "dets.json")
+    images = {image["id"]: image for image in instances["images"]}
+    annotations = {annotation["id"]: annotation for annotation in instances["annotations"]}
+    assert len(images) == len(instances["images"]) == sum(COUNTS.values())
+    assert len(refs) == len(annotations) == len(instances["annotations"])
+    seen, related = set(), collections.Counter()
+    for split, scenes, rows in task_rows(folder, "grounding"):
+        assert len(rows) == sum(len(scene["objects"]) for scene in scenes.values())
+        for row in rows:
+            ref, scene = refs[row["ref_id"]], scenes[row["image"]]
+            image, annotation = images[ref["image_id"]], annotations[ref["ann_id"]]
+            assert annotation["image_id"] == image["id"] and image["file_name"] == row["image"]
+            assert (image["width"], image["height"]) == (SIDE, SIDE)
+            text = row["text"].removeprefix("the ")
+            assert annotation["bbox"] == the_one(text, scene)["box"], row
+            by_relation = bool(re.search(RELATION, text))
+            assert ref["split"] == (split if split != "test" else "testB" if by_relation else "testA")
+            related[by_relation] += 1
+            seen.add(ref["ann_id"])
+    assert seen == set(annotations)  # every object is referred to
+    assert related[True] > 0.2 * related[False]
+    evaluated = {str(ref["image_id"]) for ref in refs.values() if ref["split"] != "train"}
+    assert set(dets) == evaluated
+    first = collections.Counter()
+    for key, proposals in dets.items():
+        boxes = [box["bbox"] for box in instances["annotations"] if box["image_id"] == int(key)]
+        assert all(0 <= x and 0 <= y and x + w <= SIDE and y + h <= SIDE for x, y, w, h, _ in proposals)
+        found = [[overlap(proposal, box) for box in boxes] for proposal in proposals]
+        for x, y, w, h in boxes:  # one of the proposals is the box, each of its sides moved by up to a pixel
+            moved = [(abs(a - x), abs(b - y), abs(a + c - x - w), abs(b + d - y - h)) for a, b, c, d, _ in proposals]
+            assert min(map(max, moved)) <= 1
+        assert all(max(column) >= 0.6 for column in zip(*found))
+        assert 2 <= sum(max(row) < 0.5 for row in found) <= 3
+        first[max(found[0]) < 0.5] += 1
+    assert min(first[False], first[True]) > 0.2 * len(dets)  # in random order
+
+
+def test_tasks_of_a_split_use_its_own_images(rendered):
+    _, folder = rendered
+    for task in ("vqa", "nlvr2", "entailment", "grounding"):
+        for split, scenes, rows in task_rows(folder, task):
+            named = {image.removesuffix(".jpg") for row in rows for image in row.get("images", [row.get("image")])}
+            assert named <= {image.removesuffix(".jpg") for image in scenes}
+            assert task == "nlvr2" or len(named) == COUNTS[split]

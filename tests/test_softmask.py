@@ -482,7 +482,7 @@ def test_albef_checkpoint_of_another_resolution(tmp_path, wrap):
     torch.save({"model": state, "epoch": 3} if wrap == "model" else state, tmp_path / "ALBEF.pth")
     model = make_model(seed=5)
     queue = model.image_queue.clone()
-    assert softmask.load_start(model, softmask.read_state(tmp_path / "ALBEF.pth")) == []
+    assert softmask.load_start(model, softmask.read_state(tmp_path / "ALBEF.pth")) == ([], [])
     for encoders, mark in ((model.encoders, ""), (model.encoders_m, "_m")):
         assert_near(encoders.vision.pos_embed, expected_pos_embed(state[f"visual_encoder{mark}.pos_embed"], 3))
         bert = f"text_encoder{mark}.bert.encoder.layer."
@@ -526,7 +526,7 @@ def test_twin_comes_from_the_checkpoint_else_from_the_loaded_student():
     [
         (lambda state: state.pop("visual_encoder.blocks.1.norm2.bias"), "vision.blocks.1.norm2.bias is missing"),
         (lambda state: state.pop("itm_head.weight"), "itm_head.weight is missing"),
-        (lambda state: state.update({"text_decoder.x": torch.ones(1)}), "text_decoder.x is left over"),
+        (lambda state: state.update({"visual_encoder.x": torch.ones(1)}), "vision.x is left over"),
         (lambda state: state.update({"visual_encoder.blocks.2.norm1.bias": torch.ones(16)}), "blocks.2.* is left"),
         (lambda state: state.update({"temp": torch.ones(2)}), r"temp has shape \(2,\), the model's has \(\)"),
         (lambda state: state.update({"vision_proj.bias": torch.ones(9)}), r"image_proj.bias has shape \(9,\).*\(8,\)"),
@@ -1644,8 +1644,8 @@ SENTENCE = "Red dogs, on a SOFA of the left!"  # red, dog ##s, on, a, sofa; cut 
 
 def write_checkpoint(path, model, **changes):
     sizes = {key: value for key, value in SIZES.items() if key != "vocab_size"}
-    config = {"model": sizes, "method": METHOD, "data": {"max_tokens": 9, "max_words": 5}}
-    content = {"model": model.state_dict(), "config": config, "vocab": VOCABULARY, "step": 3, "optimizer": {}}
+    config = {"model": sizes, "method": METHOD, "data": {"max_words": 5}, "pretrain": {"image_size": None, "max_tokens": 9}}
+    content = {"model": model.state_dict(), "config": config, "vocab": VOCABULARY, "step": 3, "task": "pretrain", "optimizer": {}}
     torch.save(content | changes, path)
 
 
@@ -1728,7 +1728,7 @@ def test_word_attention_of_a_model_trained_without_soft_mask(tmp_path):
     model = make_model(sizes={"vocab_size": len(VOCABULARY)}, soft_mask=False)
     method = METHOD | {"soft_mask": False}
     sizes = {key: value for key, value in SIZES.items() if key != "vocab_size"}
-    config = {"model": sizes, "method": method, "data": {"max_tokens": 9, "max_words": 5}}
+    config = {"model": sizes, "method": method, "data": {"max_words": 5}, "pretrain": {"image_size": None, "max_tokens": 9}}
     write_checkpoint(tmp_path / "x.pt", model, config=config)
     pretrained = softmask.from_pretrained(tmp_path / "x.pt")
     words, maps = pretrained.word_attention(IMAGE, SENTENCE)

@@ -76,7 +76,7 @@ def test_learning_rate_by_hand():
 
 def test_weight_decay_spares_biases_norms_embeddings_of_places_and_temperature():
     config = data.config_to_dict(data.load_config("scenes", TINY))
-    model = softmask.build_pretrain_model(30, config["model"], config["method"])
+    model = softmask.build_model("pretrain", 30, config["model"], config["method"])
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     decayed, spared, temp = (
         {names[id(parameter)] for parameter in group["params"]} for group in train.parameter_groups(model, 0.02)
@@ -106,7 +106,7 @@ def test_loss_falls_and_files_are_whole(trained):
     metrics = json.loads(pathlib.Path(trained.out, "metrics.json").read_text())
     assert metrics.keys() == {"task", "scale", "seed", "step", "settings", "metrics"}
     assert (metrics["task"], metrics["scale"], metrics["seed"], metrics["step"]) == ("pretrain", "scenes", 42, 120)
-    assert metrics["metrics"].keys() == {"zero_shot", "reranked", "grounding", "foils"}
+    assert metrics["metrics"].keys() == {"zero_shot", "reranked", "pointing", "foils"}
     assert metrics["metrics"]["zero_shot"].keys() >= {"txt_r1", "txt_r5", "txt_r10", "img_r1", "img_r5", "img_r10"}
     assert data.config_from_dict(metrics["settings"]).pretrain.epochs == 10
     checkpoint = load(trained.out)  # with weights_only
@@ -137,7 +137,7 @@ def test_finished_run_says_so_and_fresh_starts_over(trained, tmp_path):
     ["method.soft_mask=false", "method.focal_gamma=0", "method.mask_text_for=mlm", "method.distort_brightness=0",
      "method.distort_contrast=0", "method.distort_blur=0", "method.image_ids=false"],  # ALBEF
     ["method.soft_mask_negatives=false", "method.distort_hue=0.1", "method.distort_grayscale=0.3",
-     "augment.randaugment_ops=2", "precision=bf16", "pretrain.accumulation=2", "model.dropout=0.1"],
+     "pretrain.randaugment_ops=2", "precision=bf16", "pretrain.accumulation=2", "model.dropout=0.1"],
     ["method.soft_mask=false", "model.fusion_layers=1", "method.queue_size=3"],  # no layer with word attention
 ])  # fmt: skip
 def test_other_settings_run(settings, tmp_path):

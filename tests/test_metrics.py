@@ -1,0 +1,212 @@
+"""Metrics of the downstream tasks in eval.py against figures worked out by hand."""
+import math
+
+import pytest
+import torch
+
+import eval as evaluation
+
+# VQA accuracy
+
+
+@pytest.mark.parametrize(
+    "count, accuracy", [(0, 0), (1, 30), (2, 60), (3, 90), (4, 100), (5, 100), (9, 100), (10, 100)]
+)
+def test_vqa_accuracy_of_ten_answers(count, accuracy):
+    # 3 of 10: left out once each, the three leave 2 / 3, the other seven 1: (3 * 2 / 3 + 7) / 10 = 0.9
+    answers = ["dog"] * count + ["cat"] * (10 - count)
+    assert evaluation.vqa_accuracy("dog", answers) == pytest.approx(accuracy)
+    assert evaluation.vqa_accuracy("dog", answers[::-1]) == pytest.approx(accuracy)
+
+
+@pytest.mark.parametrize(
+    "answer, normal",
+    [
+        ("The Dog", "dog"),
+        ("an apple and a pear", "apple and pear"),
+        ("a", ""),
+        ("None", "0"),
+        ("zero", "0"),
+        ("two dogs", "2 dogs"),
+        ("ten", "10"),
+        ("eleven", "eleven"),
+        ("dont know", "don't know"),
+        ("Im", "im"),  # the official table has it in capitals, too late
+        ("ive", "ive"),
+        ("couldnt've", "couldn't've"),
+        ("couldn'tve", "couldn't've"),
+        ("couldntve", "couldntve"),  # one apostrophe is put back, not two
+        ("yall'd've", "y'all'd've"),
+        ("y'all'dve", "y'all'd've"),
+        ("oclock", "o'clock"),
+        ("'owsat", "'owsat"),
+        ("'ows'at", "'ow's'at"),
+        ("twas", "'twas"),
+        ("somebody'd", "somebodyd"),
+        ("ill", "ill"),  # not in the table, nor is cannot
+        ("well", "well"),
+        ("t-shirt", "t shirt"),
+        ("bar_of_soap", "bar of soap"),
+        ("red,white", "red white"),
+        ("red, white", "red white"),
+        ("red, white,blue", "red whiteblue"),  # beside a space once: dropped everywhere
+        ("5 - 6-7", "5 67"),
+        ("1,000", "1000"),
+        ("1,000 t-shirts", "1000 tshirts"),  # a comma between digits: every mark is dropped
+        ("what?", "what"),
+        ("(yes)", "yes"),
+        ("50% & #1", "50% & #1"),
+        ("it's 5:30", "it's 5:30"),
+        ("St. John", "st john"),
+        ("U.S.A.", "usa"),
+        ("3.5", "3.5"),
+        ("3.", "3"),
+        (" .5 ", ".5"),
+        ("no.5", "no.5"),
+        ("yes\n", "yes"),
+        ("hot\tdog\n\n", "hot dog"),
+        ("", ""),
+    ],
+)
+def test_answers_are_normalised_by_the_official_rule(answer, normal):
+    assert evaluation.normalize_answer(answer) == normal
+    assert evaluation.vqa_accuracy(answer, [normal]) == 100
+
+
+def test_vqa_accuracy_normalises_both_sides():
+    answers = ["two", "Two.", "the 2", "3", "three", "4", "none", "many", "lots", "a few"]
+    assert evaluation.vqa_accuracy("2", answers) == pytest.approx(90)
+    assert evaluation.vqa_accuracy("Three!", answers) == pytest.approx(60)
+    assert evaluation.vqa_accuracy("zero", answers) == pytest.approx(30)
+    assert evaluation.vqa_accuracy("5", answers) == 0
+
+
+def test_answers_that_all_agree_are_compared_as_they_stand():
+    assert evaluation.vqa_accuracy("none\n", ["none"] * 10) == 100
+    assert evaluation.vqa_accuracy("0", ["none"] * 10) == 0
+    assert evaluation.vqa_accuracy("0", ["none"] * 9 + ["None"]) == 100
+
+
+def test_vqa_accuracy_of_few_answers():
+    assert evaluation.vqa_accuracy("the garbage bin", ["garbage_bin"]) == 100
+    assert evaluation.vqa_accuracy("garbage", ["garbage_bin"]) == 0
+    assert evaluation.vqa_accuracy("lamp", ["box", "the lamp"]) == 100  # alternatives, not votes
+    assert evaluation.vqa_accuracy("desk", ["box"] * 9) == 0
+    with pytest.raises(ValueError, match="answers"):
+        evaluation.vqa_accuracy("box", [])
+
+
+# Boxes
+
+
+@pytest.mark.parametrize(
+    "a, b, iou",
+    [
+        ([3, 4, 10, 20], [3, 4, 10, 20], 1),
+        ([0, 0, 10, 10], [5, 5, 10, 10], 25 / 175),  # pixels 5 to 9 each way
+        ([0, 0, 10, 10], [5.5, 0, 10, 10], 45 / 155),
+        ([0, 0, 10, 10], [0, 0, 10, 5], 1 / 2),
+        ([0, 0, 10, 10], [2, 3, 4, 5], 20 / 100),
+        ([0, 0, 10, 10], [8, 0, 10, 10], 20 / 180),
+        ([0, 0, 10, 10], [9, 0, 10, 10], 0),  # an overlap of one pixel is none: 9 < 9 fails
+        ([0, 0, 10, 10], [0, 9, 10, 10], 0),
+        ([0, 0, 10, 10], [10, 0, 10, 10], 0),
+        ([0, 0, 10, 10], [20, 30, 10, 10], 0),
+        ([0, 0, 1, 10], [0, 0, 1, 10], 0),  # not even with itself
+        ([0, 0, 0, 0], [0, 0, 0, 0], 0),
+        ([0, 0, 10, 10], [5, 5, 10, 10, 0.9], 25 / 175),  # a detector's score behind the box
+    ],
+)
+def test_box_iou_by_hand(a, b, iou):
+    assert evaluation.box_iou(a, b) == pytest.approx(iou) and evaluation.box_iou(b, a) == pytest.approx(iou)
+
+
+def test_pick_proposal_ranks_by_the_sum_over_the_root_of_the_area():
+    cam = torch.zeros(6, 8)
+    cam[1, 2], cam[4, 6] = 3.0, 4.0
+    both, first, second, none = [0, 0, 8, 6], [2, 1, 2, 1], [5, 3, 3, 3, 0.7], [0, 5, 4, 1]
+    # 7 / sqrt 48 = 1.01, 3 / sqrt 2 = 2.12, 4 / sqrt 9 = 1.33, 0
+    assert evaluation.pick_proposal(cam, [both, second, first, none], 6, 8) == first
+    assert evaluation.pick_proposal(cam, [both, second, none], 6, 8) == second[:4]
+    assert evaluation.pick_proposal(cam, [none, both], 6, 8) == both
+    assert evaluation.pick_proposal(cam, [[0, 0, 2, 1], [2, 1, 1, 1], [6, 4, 1, 1]], 6, 8) == [6, 4, 1, 1]
+    assert evaluation.pick_proposal(cam, [[1, 0, 2, 2], [2, 1, 2, 2]], 6, 8) == [1, 0, 2, 2]  # the first of equals
+    assert evaluation.pick_proposal(cam, [[1, 4, 2, 2]], 6, 8) is None  # x before y: (2, 1) is column 2, row 1
+
+
+def test_pick_proposal_cuts_ends_down_to_whole_pixels():
+    cam = torch.tensor([[0.0, 1.0, 5.0, 0.0]])
+    # columns int(0.9) to int(0.9 + 1.2) - 1: 0 and 1
+    assert evaluation.pick_proposal(cam, [[0.9, 0, 1.2, 1], [2, 0, 24, 1]], 1, 4) == [2, 0, 24, 1]  # 0.91 < 5 / sqrt 24
+    assert evaluation.pick_proposal(cam, [[0.9, 0, 1.2, 1], [2, 0, 36, 1]], 1, 4) == [0.9, 0, 1.2, 1]  # 0.91 > 5 / 6
+    assert evaluation.pick_proposal(cam, [[1.0, 0, 0.9, 1]], 1, 4) is None  # holds no pixel
+
+
+def test_pick_proposal_resizes_bicubically_without_aligned_corners():
+    # 1, 0 on four columns is 1.1055, 0.7734, 0.2266, -0.1055 (bilinear 1, 0.75, 0.25, 0; aligned 1, 0.6852, 0.3148, 0)
+    cam, second = torch.tensor([[1.0, 0.0]]), [1, 0, 1, 1]
+    first = [0, 0, 1.9, 1]  # bicubic 1.1055 / sqrt 1.9 = 0.802 > 0.773, bilinear 0.725 < 0.75
+    assert evaluation.pick_proposal(cam, [first, second], 1, 4) == first
+    first = [0, 0, 1.9, 1.1]  # 1.1055 / sqrt 2.09 = 0.765 < 0.773, aligned 0.692 > 0.685
+    assert evaluation.pick_proposal(cam, [first, second], 1, 4) == second
+    assert evaluation.pick_proposal(cam, [[3, 0, 1, 1]], 1, 4) is None
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, math.nan])
+def test_a_map_that_shows_nothing_picks_nothing(value):
+    assert evaluation.pick_proposal(torch.full((3, 3), value), [[0, 0, 9, 9], [2, 2, 4, 4]], 9, 9) is None
+    assert evaluation.pick_proposal(torch.ones(3, 3), [], 9, 9) is None
+
+
+def test_proposals_without_area_or_outside_the_image():
+    cam = torch.ones(4, 4)
+    empty = [[1, 1, 0, 3], [1, 1, 3, 0], [3, 3, -2, -2], [3, 1, -2, 3]]
+    assert evaluation.pick_proposal(cam, empty, 4, 4) is None
+    assert evaluation.pick_proposal(cam, [*empty, [0, 0, 2, 2]], 4, 4) == [0, 0, 2, 2]
+    assert evaluation.pick_proposal(cam, [[-3, 0, 2, 4], [0, 9, 4, 4]], 4, 4) is None  # wholly outside
+    # 8 pixels inside / sqrt 12 = 2.31 > 4 / 2
+    assert evaluation.pick_proposal(cam, [[0, 0, 2, 2], [-1, 0, 3, 4]], 4, 4) == [-1, 0, 3, 4]
+
+
+def test_grounding_accuracy_by_hand():
+    left, right, half, whole = [0, 0, 4, 4], [4, 0, 4, 4], [0, 0, 4, 2], [0, 0, 8, 4]
+    on_left = torch.tensor([[1.0, 0.0]])
+    size = {"height": 4, "width": 8}
+    rows = [
+        {"split": "val", "bbox": left, "dets": [left, right, whole, half], **size},  # IoU 1, 0, 1/2, 1/2
+        {"split": "val", "bbox": right, "dets": [left, right], **size},
+        {"split": "testA", "bbox": left, "dets": [right, left, [6, 0, 1, 1]], **size},
+        {"split": "testA", "bbox": left, "dets": [], **size},
+        {"split": "val", "bbox": left, "dets": [left], **size},
+    ]
+    cams = [on_left, on_left, on_left, on_left, torch.zeros(2, 3)]
+    metrics = evaluation.grounding_accuracy(rows, cams)
+    # a constant map picks the largest box, of equals the first: in val whole (right), left (wrong), left (right);
+    # in testA right (wrong) and nothing
+    assert metrics == pytest.approx(
+        {
+            "val_d": 100 / 3, "chance_val_d": 100 * (3 / 4 + 1 / 2 + 1) / 3, "uniform_val_d": 200 / 3,
+            "testA_d": 50, "chance_testA_d": 100 * (1 / 3 + 0) / 2, "uniform_testA_d": 0,
+        }
+    )
+    with pytest.raises(ValueError):
+        evaluation.grounding_accuracy(rows, cams[1:])
+
+
+# Classification
+
+
+def test_classification_metrics_by_hand():
+    labels, names = [0, 1, 1, 2, 1, 2, 1, 0], ("contradiction", "neutral", "entailment")
+    predictions = torch.tensor([0, 1, 1, 2, 0, 1, 1, 0])
+    assert evaluation.classification_metrics(predictions, torch.tensor(labels), names) == pytest.approx(
+        {
+            "accuracy": 75, "standard_error": 100 * math.sqrt(3 / 128), "majority": 50, "items": 8,
+            "accuracy_contradiction": 100, "accuracy_neutral": 75, "accuracy_entailment": 50,
+        }
+    )
+    alone = evaluation.classification_metrics([1, 1], [0, 0], ("False", "True"))
+    assert alone == {"accuracy": 0, "standard_error": 0, "majority": 100, "accuracy_False": 0, "items": 2}
+    for predictions, labels in (([], []), ([1], [1, 0])):
+        with pytest.raises(ValueError, match="predictions"):
+            evaluation.classification_metrics(predictions, labels, ("False", "True"))
