@@ -915,7 +915,7 @@ def check(config, task):
 
 
 # The embedded scenes [ours]: pictures with captions, drawn from a seed. Any change of the output raises the version.
-SCENES_VERSION = 2
+SCENES_VERSION = 3
 DRAW_VERSION = 1  # seeds the draws; raised with SCENES_VERSION alone where scenes and captions may change, too
 LEVELS = ("plain", "rich")
 SIZES = {"small": (0.19, 0.22), "large": (0.34, 0.38)}  # least and greatest part of the picture's side
@@ -1373,23 +1373,28 @@ def vqa_rows(scenes, values, each, ids, rng):
 
 
 def nlvr2_rows(scenes, values, count, rng):
-    """Write sentences about two images of which neither alone decides: about `count`, in groups of four.
+    """Write sentences about two images: about `count`, in groups of four, half of them true.
 
-    A sentence says that the images agree in something, or differ. Each side has one image of either value, and each of
+    Half of the sentences (kind both) say that both images have something: half of the time neither image alone decides.
+    The others say that the images agree in something, or differ. Each side has one image of either value, and each of
     these stands with both of the other side: so given the sentence and one image, true and false are equally frequent.
     """
     rows, kinds, order = [], [*values, "same"], rng.sample(scenes, len(scenes))
-    for number in range(count // 4):
-        kind = kinds[number % len(kinds)]
-        named, asked = rng.sample([*values], 2) if kind == "same" else (kind, None)
+    for _ in range(count):  # more than groups, since a few scenes may not have what is drawn
+        number = len(rows) // 4
+        if number == count // 4:
+            break
+        kind = "both" if number % 2 else kinds[number // 2 % len(kinds)]
+        named = rng.choice([*values]) if kind == "both" else kind
+        named, asked = rng.sample([*values], 2) if kind == "same" else (named, None)
         words = {named: rng.choice(values[named])}
         if asked:
             agree, differ = f"the A has the same {asked} in both images", f"the A has a different {asked} in each image"
         else:
             agree, differ = "A is in both images or none", "exactly one image has A"
-            if kind != "shape" and rng.random() < 0.5:
+            if named != "shape" and rng.random() < 0.5:
                 words["shape"] = rng.choice(values["shape"])
-        template = rng.choice((agree, differ))
+        template = "both images have A" if kind == "both" else rng.choice((agree, differ))
         sentence, alike = say(make_claim(template, (), [words]))[0], {}
         for scene in order:
             found = [thing for thing in scene["objects"] if fits(words, thing)]
@@ -1397,9 +1402,13 @@ def nlvr2_rows(scenes, values, count, rng):
                 alike.setdefault(found[0][asked] if asked else bool(found), []).append(scene)
             pairs = [group[:2] for group in alike.values() if len(group) > 1]
             if len(pairs) == 2:
-                rows += [{"images": [left[0]["image"], right[1]["image"]], "sentence": sentence,
-                          "label": (left is right) == (template == agree), "kind": kind}
-                         for left, right in itertools.product(pairs, repeat=2)]
+                chosen = [(left[0], right[1], (left is right) == (template == agree))
+                          for left, right in itertools.product(pairs, repeat=2)]
+                if kind == "both":
+                    has, lacks = alike[True][:2], alike[False][:2]
+                    chosen = [(*has, True), (*has[::-1], True), (has[0], lacks[1], False), (lacks[0], has[1], False)]
+                rows += [{"images": [left["image"], right["image"]], "sentence": sentence, "label": label, "kind": kind}
+                         for left, right, label in chosen]
                 for used in pairs[0] + pairs[1]:  # to the end: all images are used about equally often
                     order.remove(used)
                     order.append(used)
@@ -1455,7 +1464,7 @@ def propose(scene, rng):
 
 
 def grounding_rows(split, scenes, refs, instances, rng):
-    """Refer to every object of every scene, every third time by its relation to another where that is clear.
+    """Refer to every object of every scene, in train to one, every third time by its relation to another where clear.
 
     Appends to refs (RefCOCO's list; testA: by attributes alone, testB: by a relation) and instances (COCO's lists).
     """
@@ -1464,7 +1473,7 @@ def grounding_rows(split, scenes, refs, instances, rng):
         image_id = len(instances["images"]) + 1
         instances["images"].append({"id": image_id, "file_name": scene["image"], "height": scene["side"],
                                     "width": scene["side"]})
-        for thing in scene["objects"]:
+        for thing in rng.sample(scene["objects"], 1) if split == "train" else scene["objects"]:
             claim = refer(thing, scene, rng, {"shape": thing["shape"]}, related=True) if len(refs) % 3 == 2 else None
             claim = claim or refer(thing, scene, rng, short_words(thing, scene, rng))
             ref_id, part = len(refs), "AB"[len(claim["relations"])] if split == "test" else ""
@@ -1483,9 +1492,9 @@ def write_tasks(folder, scenes, level, seed):
         train = split == "train"
         vqa, nlvr2, entailment, grounding = (random.Random(f"{DRAW_VERSION} {seed} {level} {split} {task}")
                                              for task in ("vqa", "nlvr2", "entailment", "grounding"))
-        content[f"vqa_{split}"] = vqa_rows(drawn, values, 2 if train else 3, ids, vqa)
+        content[f"vqa_{split}"] = vqa_rows(drawn, values, 1 if train else 3, ids, vqa)
         content[f"nlvr2_{split}"] = nlvr2_rows(drawn, values, len(drawn) * (1 if train else 2), nlvr2)
-        content[f"entailment_{split}"] = entailment_rows(drawn, 2 if train else 3, entailment)
+        content[f"entailment_{split}"] = entailment_rows(drawn, 1 if train else 3, entailment)
         first = len(instances["images"]) + 1
         content[f"grounding_{split}"] = grounding_rows(split, drawn, refs, instances, grounding)
         if not train:
@@ -1554,8 +1563,8 @@ def write_split(folder, split, drawn):
     texts = [[say(claim)[0] for claim in claims] for _, claims, _ in drawn]
     if split == "train":
         rows["pretrain"] = [{"image": image, "caption": said} for image, said in zip(images, texts)]
-        rows["retrieval"] = [{"image": image, "caption": caption, "image_id": number}
-                             for number, (image, said) in enumerate(zip(images, texts)) for caption in said]
+        rows["retrieval"] = [{"image": image, "caption": said, "image_id": number}
+                             for number, (image, said) in enumerate(zip(images, texts))]
     else:
         rows["retrieval"] = [{"image": image, "caption": said[:1]} for image, said in zip(images, texts)]
         rows["boxes"] = [named_boxes(image, claims[0], scene) for image, (scene, claims, _) in zip(images, drawn)]

@@ -460,7 +460,8 @@ def vqa_metrics(rows, chosen):
     scores = {}
     for row, answer in zip(rows, chosen):
         if row["answers"]:
-            for kind in ("accuracy", f"accuracy_{row['kind']}")[: 2 if "kind" in row else 1]:
+            kinds = [f"accuracy_{row['kind']}"] if "kind" in row else []
+            for kind in ["accuracy", *kinds]:
                 scores.setdefault(kind, []).append(vqa_accuracy(answer, row["answers"]))
     if not scores:
         return {}
@@ -510,10 +511,12 @@ def evaluate(task, model, tokenizer, config, split, out):
 
 
 def score(task, metrics) -> float:
-    """The one figure by which the best epoch is chosen: R mean of the re-ranked, accuracy, or that of val_d. [ALBEF]"""
+    """The one figure by which the best epoch is chosen: r_mean of the re-ranked, accuracy, or val_d. [ALBEF]"""
     if task == "retrieval":
         return metrics["reranked"]["r_mean"]
-    return metrics["accuracy"] if "accuracy" in metrics else np.mean([v for k, v in metrics.items() if k.count("_") == 1])
+    if task == "grounding":
+        return float(np.mean([value for name, value in metrics.items() if name in ("val_d", "testA_d", "testB_d")]))
+    return metrics["accuracy"]
 
 
 def evaluate_pretrained(model, tokenizer, config, out, split="test"):

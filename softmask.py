@@ -2,7 +2,6 @@
 
 Paper: Jaeyoo Park and Bohyung Han, CVPR 2023, pp. 2798-2807, https://arxiv.org/abs/2304.00719
 Base:  ALBEF, Li et al., NeurIPS 2021, https://arxiv.org/abs/2107.07651, https://github.com/salesforce/ALBEF
-
 Every formula and number carries the mark of its source:
   [paper]  said in the abstract or the caption of Fig. 2 of the SoftMask++ paper
   [ALBEF]  ALBEF's published code or paper, the stated base of the method
@@ -13,9 +12,8 @@ Symbols
   D width of a state     H attention heads   P width of the contrastive space   K entries of a queue
   R rows of a fusion pass (a row is one text with one image)   I images   F fusion layers   V vocabulary
   image_embeds, text_embeds   token states (B, 1 + N, D), (B, L, D)
-  image_feat, text_feat       projected, L2-normalised [CLS] states (B, P)
+  image_feat, text_feat       projected, L2-normalised [CLS] states (B, P); _m: of the momentum twin
   sim_i2t, sim_t2i            similarities over temperature, image to text and text to image
-  _m                          of the momentum twin
 Polarity: an attention mask is 1 (True) where a token may be attended; a soft mask is 1 where a patch is most
 relevant, and so is hidden most; ITM label 1 is a match.
 
@@ -23,18 +21,24 @@ Index
   Attention, Mlp                    building blocks
   VisionTransformer                 image encoder                     [ALBEF] models/vit.py
   TextEncoder, FusionEncoder        the two halves of BERT            [ALBEF] models/xbert.py
+  MlmHead, AnswerDecoder            masked words; answers of VQA      [ALBEF] xbert.py BertForMaskedLM, BertLMHeadModel
   Encoders                          everything that has a twin        [paper] Fig. 2
-  update_twin, write_queue          momentum distillation, queues     [ALBEF] model_pretrain.py
+  make_twin, write_queue            momentum distillation, queues     [ALBEF] models/model_pretrain.py
   focal_itc_loss                    focal loss for ITC                [paper] abstract; caption of Fig. 2: Section 3
-  hard_negatives, itm_loss          image-text matching               [ALBEF] model_pretrain.py
-  mlm_loss                          masked language modelling         [ALBEF] xbert.py BertForMaskedLM
+  hard_negatives, itm_loss          image-text matching               [ALBEF] models/model_pretrain.py
+  mlm_loss, answer_loss             words and answers, distilled      [ALBEF] models/xbert.py
   word_attention                    word-conditional attention        [paper] abstract; caption of Fig. 2: Section 4.1
   pick_word, soft_mask              the text-driven soft mask         [paper] caption of Fig. 2: Section 4.1
   PretrainModel                     all of it in the order of Fig. 2  [paper] Fig. 2
+                                    retrieval, grounding              [ALBEF] models/model_retrieval.py
+  ClassifierModel                   SNLI-VE, NLVR2                    [ALBEF] models/model_ve.py, model_nlvr.py
+  TextAssignmentModel               pre-training for NLVR2            [ALBEF] models/model_pretrain_nlvr.py
+  VqaModel                          question answering                [ALBEF] models/model_vqa.py
   mask_text, distort_images         multi-modal augmentation          [paper] abstract, Fig. 2
   augment_image                     crop and RandAugment              [ALBEF] dataset/__init__.py, randaugment.py
   clean_caption, tokenize           text                              [ALBEF] dataset/utils.py
-  read_state, load_weights, ...     DeiT, BERT and ALBEF weights
+  rename_albef, export_albef        from and to ALBEF's names         [ALBEF] models/*.py
+  load_deit, load_bert, load_start  what training starts from         [ALBEF] Pretrain.py, VQA.py
   from_pretrained                   a trained model on your own image and sentence
 """
 
@@ -55,17 +59,13 @@ from torchvision.transforms.v2 import functional as TF
 
 
 class Attention(nn.Module):
-    """Multi-head attention of one sequence over the keys and values of another, or of itself. [ALBEF]
-
-    Keys and values are projected by a call of their own, so that they can be made once per image and read by many texts.
-    """
+    """Multi-head attention; keys and values are projected apart, once per image, to be read by many texts. [ALBEF]"""
 
     def __init__(self, dim: int, num_heads: int, context_dim: int | None = None, dropout: float = 0.0):
         super().__init__()
         if dim % num_heads:
             raise ValueError(f"dim {dim} is not divisible by num_heads {num_heads}")
-        self.num_heads = num_heads
-        self.dropout = dropout
+        self.num_heads, self.dropout = num_heads, dropout
         self.query = nn.Linear(dim, dim)
         self.key = nn.Linear(context_dim or dim, dim)
         self.value = nn.Linear(context_dim or dim, dim)
@@ -81,16 +81,14 @@ class Attention(nn.Module):
     def scale_keys_values(self, keys, values, scale):
         """Keys and values of scale * context, scale (B, M), without a new projection: W(sx) + b = s(Wx) + b. [ours]"""
         scale = scale[:, None, :, None].to(keys.dtype)
-        key_bias = self.key.bias.view(1, self.num_heads, 1, -1).to(keys.dtype)
-        value_bias = self.value.bias.view(1, self.num_heads, 1, -1).to(keys.dtype)
+        key_bias = self.split_heads(self.key.bias[None, None]).to(keys.dtype)  # (1, H, 1, D / H)
+        value_bias = self.split_heads(self.value.bias[None, None]).to(keys.dtype)
         return torch.lerp(key_bias, keys, scale), torch.lerp(value_bias, values, scale)
 
     def forward(self, x, keys, values, mask=None, return_probs: bool = False):
-        """Attend from x (B, L, D).
+        """Attend from x (B, L, D); mask: bool, broadcastable to (B, H, L, M), True where a key may be attended.
 
-        mask: bool, broadcastable to (B, H, L, M), True where a key may be attended.
-        Returns the output (B, L, D) and, with return_probs, the probabilities (B, H, L, M) before dropout, float32;
-        they are part of the graph, so a score can be differentiated with respect to them. Else None.
+        Returns output (B, L, D) and, if return_probs, probabilities (B, H, L, M) before dropout, float32, with a graph.
         """
         query = self.split_heads(self.query(x))
         dropout = self.dropout if self.training else 0.0
@@ -98,9 +96,7 @@ class Attention(nn.Module):
         if return_probs:
             with torch.autocast(x.device.type, enabled=False):  # 8 bits of bf16 are too coarse for Grad-CAM
                 scores = query.float() @ keys.float().transpose(-2, -1) / math.sqrt(query.shape[-1])
-                if mask is not None:
-                    scores = scores.masked_fill(~mask, -math.inf)
-                probs = scores.softmax(-1)
+                probs = (scores if mask is None else scores.masked_fill(~mask, -math.inf)).softmax(-1)
                 context = (F.dropout(probs, dropout) @ values.float()).to(values.dtype)
         else:
             context = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, dropout_p=dropout)
@@ -139,21 +135,17 @@ class VisionBlock(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """ViT: image (B, 3, S, S), normalised, to token states (B, 1 + N, D), [CLS] first, patches row by row. [ALBEF]
-
-    Copy with: Attention, Mlp, VisionBlock, init_weights.
-    """
+    """Image to token states. [ALBEF] Copy with: Attention, Mlp, VisionBlock, sincos_pos_embed, init_weights."""
 
     def __init__(self, image_size: int, patch_size: int, width: int, num_layers: int, num_heads: int):
         super().__init__()
         if image_size % patch_size:
             raise ValueError(f"image_size {image_size} is not divisible by patch_size {patch_size}")
-        self.patch_size = patch_size
-        self.grid = image_size // patch_size  # patches a side
+        self.patch_size, self.grid = patch_size, image_size // patch_size  # grid: patches a side
         self.patch_embed = nn.Conv2d(3, width, kernel_size=patch_size, stride=patch_size)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.grid**2, width))
-        self.blocks = nn.ModuleList(VisionBlock(width, num_heads) for _ in range(num_layers))
+        self.blocks = nn.Sequential(*(VisionBlock(width, num_heads) for _ in range(num_layers)))
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.apply(functools.partial(init_weights, std=width**-0.5))
         nn.init.trunc_normal_(self.cls_token, std=0.02)
@@ -166,18 +158,16 @@ class VisionTransformer(nn.Module):
             raise ValueError(f"image has shape {tuple(image.shape)}, the model takes (B, 3, {side}, {side})")
         patches = self.patch_embed(image).flatten(2).transpose(1, 2)  # (B, D, h, w) -> (B, N, D)
         x = torch.cat([self.cls_token.expand(len(image), -1, -1), patches], dim=1) + self.pos_embed
-        for block in self.blocks:
-            x = block(x)
-        return self.norm(x)
+        return self.norm(self.blocks(x))
 
 
 def sincos_pos_embed(grid: int, width: int):
-    """Start of a fresh ViT's position embedding, (grid * grid, width): sines and cosines of row and column. [ours]
+    """Position embedding of a fresh ViT, (grid * grid, width): sines and cosines of row and column. [ours]
 
-    Wavelengths from four times the grid down to four patches. With ALBEF's noise of deviation 0.02, drowned by the patch
-    embedding, the scenes' ViT learned slowly where things are. The embedding is trained on; DeiT's overwrites it.
+    Wavelengths from four times the grid to four patches. From ALBEF's noise of deviation 0.02, drowned by the patch
+    embedding, the scenes' ViT learned slowly where things are.
     """
-    frequency = torch.exp(torch.linspace(math.log(math.pi / 2), math.log(math.pi * grid / 2), max(width // 4, 1))) / grid
+    frequency = torch.linspace(math.log(math.pi / 2), math.log(math.pi * grid / 2), max(width // 4, 1)).exp() / grid
     angle = torch.arange(grid)[:, None] * frequency
     axis = torch.cat([angle.sin(), angle.cos()], dim=1)  # (grid, D / 2)
     both = torch.cat([axis[:, None].expand(-1, grid, -1), axis[None].expand(grid, -1, -1)], dim=2).flatten(0, 1)
@@ -198,10 +188,10 @@ def resize_pos_embed(pos_embed, grid: int):
 
 
 def init_weights(module, std: float):
-    """Fresh weights: linear, convolution and embedding weights from N(0, std), biases 0. [ALBEF] has 0.02 at width 768
+    """Fresh weights from N(0, std), biases 0. [ALBEF] has std 0.02 at width 768
 
-    Text layers take text_init_std, the ViT width^-0.5 [ours]: with 0.02 at width 128 the scenes' R@1 was 1 %
-    after 19,000 pairs, with 0.05 it was 6 % after 13,000. At full size the ViT starts from DeiT, which overwrites this.
+    Text layers take text_init_std, the ViT width^-0.5 [ours]: with 0.02 at width 128 the scenes' R@1 was 1 % after
+    19,000 pairs, with 0.05 it was 6 % after 13,000.
     """
     if isinstance(module, (nn.Linear, nn.Conv2d, nn.Embedding)):
         nn.init.trunc_normal_(module.weight, std=std)
@@ -218,10 +208,7 @@ def text_init_std(width: int) -> float:
 
 
 class TextLayer(nn.Module):
-    """Post-norm BERT layer; with image_dim it has cross-attention between self-attention and MLP. [ALBEF] xbert.py
-
-    Copy with: Attention, Mlp.
-    """
+    """Post-norm BERT layer; with image_dim it has cross-attention too. [ALBEF] xbert.py. Copy with: Attention, Mlp."""
 
     def __init__(self, dim: int, num_heads: int, dropout: float, image_dim: int | None = None):
         super().__init__()
@@ -234,9 +221,7 @@ class TextLayer(nn.Module):
         self.mlp = Mlp(dim, 4 * dim)
         self.mlp_norm = nn.LayerNorm(dim, eps=1e-12)
 
-    def forward(
-        self, x, mask, keys_values=None, image_index=None, keys_mask=None, return_probs: bool = False, cls_only: bool = False
-    ):
+    def forward(self, x, mask, keys_values=None, image_index=None, keys_mask=None, return_probs=False, cls_only=False):
         """x (R, L, D), mask (R, 1, L or 1, L) bool; the others: see FusionEncoder. Returns x, probs."""
         probs = None
         keys, values = self.self_attention.keys_values(x)
@@ -245,33 +230,26 @@ class TextLayer(nn.Module):
         x = self.self_norm(x + self.dropout(self.self_attention(x, keys, values, mask)[0]))
         if keys_values is not None:
             keys, values = keys_values
-            query = x
             if return_probs and image_index is None and len(keys) != len(x):  # probabilities come row by row
                 image_index = torch.arange(len(keys), device=x.device).repeat_interleave(len(x) // len(keys))
             if image_index is not None:
-                keys, values = keys.index_select(0, image_index), values.index_select(0, image_index)  # (R, H, 1 + N, d)
+                keys, values = (part.index_select(0, image_index) for part in (keys, values))  # (R, H, 1 + N, D / H)
                 keys_mask = None if keys_mask is None else keys_mask[image_index]
-            elif len(keys) != len(x):
-                query = x.reshape(len(keys), -1, x.shape[-1])  # (R, L, D) -> (I, R / I * L, D): one long query an image
+            # without an index the rows of an image are one long query: cross-attention treats queries apart
+            query = x if image_index is not None else x.reshape(len(keys), -1, x.shape[-1])  # (I, R / I * L, D)
             attended, probs = self.cross_attention(query, keys, values, keys_mask, return_probs)
             x = self.cross_norm(x + self.dropout(attended.reshape(x.shape)))
         return self.mlp_norm(x + self.dropout(self.mlp(x))), probs
 
 
 class TextEncoder(nn.Module):
-    """Embeddings and lower layers of BERT: input_ids (B, L) to token states (B, L, D). [ALBEF]
+    """Embeddings, lower BERT layers. [ALBEF] Copy with: Attention, Mlp, TextLayer, init_weights, text_init_std."""
 
-    Copy with: Attention, Mlp, TextLayer, init_weights, text_init_std.
-    """
-
-    def __init__(self, vocab_size: int, max_positions: int, width: int, num_layers: int, num_heads: int, dropout: float):
+    def __init__(self, vocab_size: int, positions: int, width: int, num_layers: int, num_heads: int, dropout: float):
         super().__init__()
-        self.embeddings = nn.ModuleDict({
-            "word": nn.Embedding(vocab_size, width),
-            "position": nn.Embedding(max_positions, width),
-            "token_type": nn.Embedding(2, width),
-            "norm": nn.LayerNorm(width, eps=1e-12),
-        })
+        sizes = {"word": vocab_size, "position": positions, "token_type": 2}
+        self.embeddings = nn.ModuleDict({name: nn.Embedding(size, width) for name, size in sizes.items()})
+        self.embeddings["norm"] = nn.LayerNorm(width, eps=1e-12)
         self.dropout = nn.Dropout(dropout)
         self.layers = nn.ModuleList(TextLayer(width, num_heads, dropout) for _ in range(num_layers))
         self.apply(functools.partial(init_weights, std=text_init_std(width)))
@@ -289,60 +267,46 @@ class TextEncoder(nn.Module):
 
 
 class FusionEncoder(nn.Module):
-    """Upper layers of BERT with cross-attention to the image: the multi-modal encoder. [ALBEF]
+    """The multi-modal encoder. [ALBEF] Copy with: Attention, Mlp, TextLayer, init_weights, text_init_std."""
 
-    Copy with: Attention, Mlp, TextLayer, init_weights, text_init_std.
-    """
-
-    def __init__(
-        self, width: int, image_width: int, num_layers: int, num_heads: int, dropout: float, images_per_text: int = 1
-    ):
-        """images_per_text: with 2 (NLVR2) each layer becomes a pair that shares its key and value projections. [ALBEF]"""
+    def __init__(self, width: int, image_dim: int, num_layers: int, num_heads: int, dropout: float, images_per_text=1):
+        """images_per_text: with 2 (NLVR2) each layer is a pair that shares its key and value projections. [ALBEF]"""
         super().__init__()
         self.images_per_text = images_per_text
         count = num_layers * images_per_text
-        self.layers = nn.ModuleList(TextLayer(width, num_heads, dropout, image_width) for _ in range(count))
+        self.layers = nn.ModuleList(TextLayer(width, num_heads, dropout, image_dim) for _ in range(count))
         self.apply(functools.partial(init_weights, std=text_init_std(width)))
         for i, layer in enumerate(self.layers):
             first = self.layers[i - i % images_per_text].cross_attention
             layer.cross_attention.key, layer.cross_attention.value = first.key, first.value
 
     def keys_values(self, *image_embeds):
-        """Per fusion layer the keys and values, each (I, H, 1 + N, D / H), of image_embeds (I, 1 + N, D).
-
-        Of several sets of images, layer i reads number i % sets. [ALBEF] for NLVR2
-        """
+        """Per layer i keys and values, both (I, H, 1 + N, D / H), of image_embeds[i % sets] (I, 1 + N, D). [ALBEF]"""
         sets = len(image_embeds)
         return [layer.cross_attention.keys_values(image_embeds[i % sets]) for i, layer in enumerate(self.layers)]
 
     def soft_mask_keys_values(self, keys_values, mask):
-        """Keys and values of soft-masked images, v~ = (1 - m) v per patch, [CLS] unchanged. [paper]; 1 - m: [ours]
+        """Keys and values of soft-masked images, v~ = (1 - m) v per patch, not of [CLS]. [paper]; 1 - m, [CLS]: [ours]
 
-        mask (I, N) in [0, 1], 1 = most relevant = hidden most.
+        mask m (I, N) in [0, 1], 1 = most relevant = hidden most.
         """
         scale = 1 - F.pad(mask, (1, 0))  # (I, N) -> (I, 1 + N); the image's [CLS] has m = 0
-        return [
-            layer.cross_attention.scale_keys_values(keys, values, scale)
-            for layer, (keys, values) in zip(self.layers, keys_values)
-        ]
+        return [layer.cross_attention.scale_keys_values(*pair, scale) for layer, pair in zip(self.layers, keys_values)]
 
     def forward(
-        self, text_embeds, attention_mask, keys_values, image_index=None, attention_layer: int | None = None,
-        cls_only: bool = False, keys_mask=None,
-    ):  # fmt: skip
-        """Fuse R texts with the images they read.
+        self, text_embeds, mask, keys_values, image_index=None, attention_layer=None, cls_only=False, keys_mask=None
+    ):
+        """Fuse R texts text_embeds (R, L, D) with the images they read.
 
-        text_embeds (R, L, D); attention_mask (R, L), or (R, L, L) where tokens differ in what they may attend;
-        keys_values: per layer two tensors (I, H, 1 + N, D / H); keys_mask (I, 1 + N): which of them may be attended.
+        mask (R, L), or (R, L, L) where tokens differ; keys_mask (I, 1 + N), of keys_values: what may be attended.
         image_index (R,) int64: the image each row reads. None: rows are laid out image by image, R / I rows each.
-        attention_layer: also return that layer's cross-attention probabilities.
         cls_only: the last layer makes the state of [CLS] alone, all that a match score reads; the same number, sooner.
-        Returns states (R, L, D), with cls_only (R, 1, D), and the probabilities (R, H, L, 1 + N), float32, or None.
+        Returns states (R, L, D) or (R, 1, D), and attention_layer's probabilities (R, H, L, 1 + N), float32, or None.
         """
         if image_index is None and len(text_embeds) % len(keys_values[0][0]):
             raise ValueError(f"{len(text_embeds)} rows cannot be shared out evenly to {len(keys_values[0][0])} images")
         attention = None
-        mask = (attention_mask if attention_mask.ndim == 3 else attention_mask[:, None])[:, None].bool()
+        mask = (mask if mask.ndim == 3 else mask[:, None])[:, None].bool()
         keys_mask = None if keys_mask is None else keys_mask[:, None, None, :].bool()
         x = text_embeds
         for i, layer in enumerate(self.layers):
@@ -353,7 +317,7 @@ class FusionEncoder(nn.Module):
 
 
 class MlmHead(nn.Module):
-    """Vocabulary logits of token states, tied to the word embeddings. [ALBEF] Copy with: init_weights, text_init_std."""
+    """Vocabulary logits, tied to the word embeddings. [ALBEF] Copy with: init_weights, text_init_std."""
 
     def __init__(self, width: int, vocab_size: int):
         super().__init__()
@@ -363,7 +327,7 @@ class MlmHead(nn.Module):
         self.apply(functools.partial(init_weights, std=text_init_std(width)))
 
     def forward(self, states, word_embeddings):
-        """states (..., D), word_embeddings (V, D); returns logits (..., V)."""
+        """states (..., D), word_embeddings (V, D) -> logits (..., V)."""
         return F.linear(self.norm(F.gelu(self.dense(states))), word_embeddings, self.bias)
 
 
@@ -373,38 +337,30 @@ class AnswerDecoder(nn.Module):
     Copy with: Attention, Mlp, TextLayer, TextEncoder, FusionEncoder, MlmHead, init_weights, text_init_std.
     """
 
-    def __init__(self, vocab_size: int, max_positions: int, width: int, num_layers: int, num_heads: int, dropout: float):
+    def __init__(self, vocab_size: int, positions: int, width: int, num_layers: int, num_heads: int, dropout: float):
         super().__init__()
-        self.text = TextEncoder(vocab_size, max_positions, width, 0, num_heads, dropout)  # the embeddings alone
+        self.text = TextEncoder(vocab_size, positions, width, 0, num_heads, dropout)  # the embeddings alone
         self.fusion = FusionEncoder(width, width, num_layers, num_heads, dropout)
         self.mlm_head = MlmHead(width, vocab_size)
 
     def forward(self, answer_ids, answer_mask, keys_values, question_mask, question_index=None):
-        """Vocabulary logits (A, L, V): at each position those of the next token.
+        """answer_ids, answer_mask (A, L) -> vocabulary logits (A, L, V), at each position those of the next token.
 
-        answer_ids, answer_mask (A, L); keys_values: fusion.keys_values of the fused states of I questions;
-        question_mask (I, M); question_index (A,): the question each answer belongs to, or as in FusionEncoder.
+        keys_values: fusion.keys_values of I questions' fused states; question_mask (I, M); question_index (A,) or None.
         """
-        length = answer_ids.shape[1]
-        causal = torch.ones(length, length, dtype=torch.bool, device=answer_ids.device).tril()
+        mask = answer_mask[:, None, :].bool().expand(-1, answer_ids.shape[1], -1).tril()  # (A, L, L), causal
         embeds = self.text(answer_ids, answer_mask)
-        states, _ = self.fusion(
-            embeds, causal & answer_mask[:, None, :].bool(), keys_values, question_index, keys_mask=question_mask
-        )
+        states, _ = self.fusion(embeds, mask, keys_values, question_index, keys_mask=question_mask)
         return self.mlm_head(states, self.text.embeddings["word"].weight)
 
 
 class Encoders(nn.Module):
-    """Image, text and fusion encoder, projections and MLM head: all that has a momentum twin. [paper] Fig. 2, [ALBEF]
-
-    Every task, pre-training or not, goes through encode_image, encode_text, image_keys_values and fuse. A task's own
-    head that has a twin too is set as a further part: cls_head, decoder.
-    """
+    """All that has a momentum twin; a task sets its own head, cls_head or decoder, in it. [paper] Fig. 2, [ALBEF]"""
 
     def __init__(
-        self, vocab_size: int, image_size: int, patch_size: int, vision_width: int, vision_layers: int, vision_heads: int,
-        text_width: int, text_layers: int, fusion_layers: int, text_heads: int, max_positions: int, embed_dim: int,
-        dropout: float, images_per_text: int = 1,
+        self, vocab_size: int, image_size: int, patch_size: int, vision_width: int, vision_layers: int,
+        vision_heads: int, text_width: int, text_layers: int, fusion_layers: int, text_heads: int, max_positions: int,
+        embed_dim: int, dropout: float, images_per_text: int = 1,
     ):  # fmt: skip
         super().__init__()
         self.vision = VisionTransformer(image_size, patch_size, vision_width, vision_layers, vision_heads)
@@ -415,7 +371,7 @@ class Encoders(nn.Module):
         self.mlm_head = MlmHead(text_width, vocab_size)
 
     def encode_image(self, image):
-        """image (B, 3, S, S), normalised -> image_embeds (B, 1 + N, D)."""
+        """image (B, 3, S, S), normalised -> image_embeds (B, 1 + N, D): [CLS], then the patches row by row."""
         return self.vision(image)
 
     def encode_text(self, input_ids, attention_mask):
@@ -452,17 +408,8 @@ def make_twin(module):
 
 
 @torch.no_grad()
-def update_twin(twin, student, momentum: float):
-    """Exponential moving average: twin = momentum * twin + (1 - momentum) * student, in place. [ALBEF]"""
-    torch._foreach_lerp_(list(twin.parameters()), list(student.parameters()), 1 - momentum)
-
-
-@torch.no_grad()
 def write_queue(queue, written: int, entries):
-    """Write entries (n, ...) over the oldest of queue (K, ...), in place, wrapping around at any n. [ALBEF]
-
-    written: how many entries were ever written before; the first K of them fill the queue from its start.
-    """
+    """Write entries (n, ...) over the oldest of queue (K, ...), in place, after `written` others, for any n. [ALBEF]"""
     size = len(queue)
     if size:
         index = (written + torch.arange(len(entries), device=queue.device)) % size
@@ -484,16 +431,15 @@ def gather(tensor):
 def focal_itc_loss(
     image_feat, text_feat, image_feat_m, text_feat_m, image_queue, text_queue, temp, alpha, gamma, positives=None
 ):
-    """Image-text contrastive loss with momentum distillation and a focal factor. [paper] abstract, Fig. 2; [ALBEF] Eq. 6
+    """Contrastive loss with momentum distillation and a focal factor. [paper] abstract, Fig. 2; [ALBEF] Eq. 6
 
         L = -sum_j q_j (1 - p_j)^gamma log p_j,  averaged over the batch and the two directions
         p = softmax of the student's feature against the twin's features of batch and queue, over temp
         q = alpha * the twin's softmax + (1 - alpha) * the positives, shared out evenly
 
-    The focal loss is the paper's; this form of it is ours: the factor of Lin et al. (arXiv 1708.02002) on every term of
-    the soft-target cross-entropy. gamma 0 is exactly ALBEF's loss, alpha 0 has hard targets.
-    image_feat, text_feat, image_feat_m, text_feat_m (B, P) float32 of length 1; image_queue, text_queue (K, P), K >= 0.
-    temp: scalar > 0, takes a gradient from the student's p alone; alpha in [0, 1]; gamma >= 0.
+    The factor of Lin et al. (arXiv 1708.02002) stands on every term of the soft-target cross-entropy [ours: the paper's
+    form is unknown]. gamma 0 is exactly ALBEF's loss. The features (B, P) and queues (K, P), K >= 0, are float32 of
+    length 1; temp: scalar > 0, takes a gradient from the student's p alone; alpha in [0, 1]; gamma >= 0.
     positives (B, B + K) bool: which of batch and queue show the same image as pair i; None: pair i alone.
     Returns the loss and the student's similarities over temp within the batch, sim_i2t and sim_t2i (B, B).
     """
@@ -520,9 +466,8 @@ def focal_itc_loss(
 
 @torch.no_grad()
 def hard_negatives(sim, allowed, generator=None):
-    """For each row draw one column with probability softmax(sim) among the allowed. [ALBEF]
+    """For each row of sim (B, B) draw one column with probability softmax(sim) among the allowed (B, B) bool. [ALBEF]
 
-    sim (B, B) over temperature; allowed (B, B) bool, False where the pair is a positive.
     Returns index (B,) and valid (B,) bool; a row with nothing allowed is not valid, its index is its own number.
     """
     valid = allowed.any(1)
@@ -534,10 +479,7 @@ def hard_negatives(sim, allowed, generator=None):
 
 
 def itm_loss(logits, labels):
-    """Image-text matching: cross-entropy of logits (R, 2) with labels (R,), 1 match, 0 no match, -100 left out. [ALBEF]
-
-    The mean over the rows kept; 0 where there is none.
-    """
+    """Mean cross-entropy of logits (R, 2) with labels (R,), 1 match, 0 none, -100 left out; 0 if all are. [ALBEF]"""
     total = F.cross_entropy(logits.float(), labels, ignore_index=-100, reduction="sum")
     return total / (labels != -100).sum().clamp_min(1)
 
@@ -554,27 +496,18 @@ def distilled_cross_entropy(logits, logits_m, labels, alpha):
 
 
 def mlm_loss(logits, logits_m, labels, alpha):
-    """Masked language modelling at the M masked positions, distilled. [ALBEF] Copy with: distilled_cross_entropy.
-
-    Arguments as there, with one axis M. The mean over M; 0 where no token is masked.
-    """
+    """Mean of distilled_cross_entropy over the M masked positions, 0 where M is 0; logits (M, V). [ALBEF]"""
     return distilled_cross_entropy(logits, logits_m, labels, alpha).sum() / max(len(labels), 1)
 
 
 def answer_loss(logits, logits_m, answer_ids, answer_mask, alpha):
-    """Cross-entropy of each answer's tokens after the first, distilled and summed. [ALBEF] Copy with: distilled_...
-
-    logits, logits_m (A, L, V) of AnswerDecoder; answer_ids, answer_mask (A, L). Returns (A,).
-    """
+    """Sum (A,) of distilled_cross_entropy over each answer's tokens but the first; logits (A, L, V). [ALBEF]"""
     labels = answer_ids.masked_fill(answer_mask == 0, -100)[:, 1:]
     return distilled_cross_entropy(logits[:, :-1], logits_m[:, :-1], labels, alpha).sum(1)
 
 
 def itm_accuracy(logits, labels):
-    """Mean of the accuracy on matches and on non-matches, in [0, 1]: a constant answer gets 0.5. [ours]
-
-    logits (R, 2), labels (R,) as in itm_loss; a kind that does not occur counts as 0.5.
-    """
+    """Mean of the accuracy on matches and on non-matches, each in [0, 1], 0.5 for a kind that does not occur. [ours]"""
     right = logits.argmax(1) == labels
     rates = [torch.where((labels == kind).any(), right[labels == kind].float().mean(), 0.5) for kind in (0, 1)]
     return sum(rates) / 2
@@ -584,10 +517,7 @@ def itm_accuracy(logits, labels):
 
 
 def check_attention_layer(layer: int, fusion_layers: int):
-    """ValueError for a fusion layer, from 0, whose attention cannot tell words apart.
-
-    The match score reads [CLS] alone, so in the last layer the gradient of every word's row is exactly zero.
-    """
+    """ValueError for no fusion layer, from 0, or the last, where the gradient of a word's row is exactly zero."""
     if not 0 <= layer < fusion_layers - 1:
         raise ValueError(
             f"attention_layer {layer} gives no word attention: of {fusion_layers} fusion layers, numbered from 0, "
@@ -601,8 +531,7 @@ def word_attention(attention, match_logit):
         G = mean over heads of A * relu(ds/dA), patches only
 
     attention A (B, H, L, 1 + N), float32, with a graph; match_logit s (B,), its own pair's "match" logit.
-    Returns G (B, L, N) float32, detached. torch.autograd.grad walks the layers above A alone and fills no .grad, so
-    DistributedDataParallel never sees it.
+    Returns G (B, L, N) float32, detached. It fills no .grad, so DistributedDataParallel never sees it.
     """
     (gradient,) = torch.autograd.grad(match_logit.sum(), attention, retain_graph=True)
     return (attention * gradient.relu()).mean(1)[:, :, 1:].detach()  # (B, H, L, 1 + N) -> (B, L, N)
@@ -612,16 +541,14 @@ def word_attention(attention, match_logit):
 def pick_word(word_ids, excluded, generator=None):
     """One whole word of each caption, drawn evenly. [paper] caption of Fig. 2: one is picked at random
 
-    word_ids (B, L) int64: which word a token is a piece of, -1 for special tokens and padding.
-    excluded (B, L) bool: tokens whose words may not be picked: those chosen for MLM [ours].
-    Returns (B, L) bool: the pieces of the picked word; nothing where no word is left.
+    word_ids (B, L): see tokenize; excluded (B, L) bool: tokens whose words may not be picked, those chosen for MLM
+    [ours]. Returns (B, L) bool: the pieces of the picked word; nothing where no word is left.
     """
     same_word = (word_ids[:, :, None] == word_ids[:, None, :]) & (word_ids >= 0)[:, :, None]  # (B, L, L)
     first_piece = same_word.int().argmax(2) == torch.arange(word_ids.shape[1], device=word_ids.device)
     free = first_piece & (word_ids >= 0) & ~(same_word & excluded[:, None, :]).any(2)
     has_word = free.any(1, keepdim=True)
-    probs = torch.where(has_word, free.float(), 1.0)
-    picked = torch.multinomial(probs, 1, generator=generator)
+    picked = torch.multinomial(torch.where(has_word, free.float(), 1.0), 1, generator=generator)
     return (word_ids == word_ids.gather(1, picked)) & has_word
 
 
@@ -630,7 +557,7 @@ def soft_mask(cam, picked):
     """The text-driven soft mask: the min-max normalised Grad-CAM of one word. [paper] caption of Fig. 2
 
     cam G (B, L, N); picked (B, L) bool: the word's pieces, averaged [ours].
-    Returns m (B, N) float32 in [0, 1], 1 = most relevant; 0 everywhere where G is constant or no word is picked.
+    Returns m (B, N) float32 in [0, 1], 1 = most relevant; 0 throughout where G is constant or no word is picked.
     """
     weight = picked.float() / picked.sum(1, keepdim=True).clamp_min(1)
     cam = (cam.float() * weight[:, :, None]).sum(1)
@@ -641,47 +568,45 @@ def soft_mask(cam, picked):
 # Pre-training
 
 
-class Distilled(nn.Module):
-    """Encoders and their momentum twin: what the models of all tasks share. [ALBEF]
+class TaskModel(nn.Module):
+    """What all tasks share: encoders, less the parts unused, and their twin where there is a momentum. [ALBEF]"""
 
-    unused: parts of the encoders that the task leaves alone; they take no gradient, which
-    DistributedDataParallel would wait for.
-    """
-
-    def __init__(self, encoders: Encoders, momentum: float, unused: tuple[str, ...] = ()):
+    def __init__(self, encoders: Encoders, momentum: float | None, unused=("image_proj", "text_proj", "mlm_head")):
         super().__init__()
-        self.unused = unused
-        for name in unused:
+        for name in unused:  # DistributedDataParallel would wait for their gradients
             getattr(encoders, name).requires_grad_(False)
-        self.momentum = momentum
-        self.encoders = encoders
-        self.encoders_m = make_twin(encoders)
+        self.encoders, self.momentum, self.unused = encoders, momentum, unused
+        if momentum is not None:
+            self.encoders_m = make_twin(encoders)
 
     def train(self, mode: bool = True):
         super().train(mode)
-        self.encoders_m.eval()  # the teacher has no dropout [ours; ALBEF's has]
+        if self.momentum is not None:
+            self.encoders_m.eval()  # the teacher has no dropout [ours; ALBEF's has]
         return self
 
+    @torch.no_grad()
     def update_twin(self):
-        """Move the twin towards the student: once before each optimizer step's forward pass. [ALBEF]"""
-        update_twin(self.encoders_m, self.encoders, self.momentum)
+        """twin = momentum * twin + (1 - momentum) * student: once before each optimizer step's forward pass. [ALBEF]"""
+        if self.momentum is not None:
+            twin, student = list(self.encoders_m.parameters()), list(self.encoders.parameters())
+            torch._foreach_lerp_(twin, student, 1 - self.momentum)
 
 
-class PretrainModel(Distilled):
+class PretrainModel(TaskModel):
     """SoftMask++ pre-training: focal ITC, ITM, soft-masked ITM and MLM on one batch of pairs. [paper] Fig. 2
 
-    With soft_mask False, focal_gamma 0, mask_text_for "mlm" and no image_ids this is ALBEF. With mask_text_for None there
-    is no MLM: what is left, ITC and ITM, fine-tunes for retrieval and grounding. [ALBEF] model_retrieval.py
-    attention_layer: fusion layer of the word attention, from 0; None: (fusion_layers - 1) // 2, the third of six [ALBEF].
-    mask_text_for: "all": masked text enters ITC, ITM and MLM [paper]; "mlm": MLM alone [ALBEF].
+    With soft_mask False, focal_gamma 0, mask_text_for "mlm" and no image_ids this is ALBEF.
     soft_mask_negatives: no-match pairs with soft-masked images join the soft-masked ITM [ours].
-    The queues are buffers: image_queue, text_queue (K, P), queue_ids (K,), and queue_written, the number of features
-    ever written; they start empty, and what was never written is no negative. [ours; ALBEF's start as random vectors]
+    attention_layer: of the word attention, from 0; None: (fusion_layers - 1) // 2, the third of six [ALBEF].
+    mask_text_for: "all": masked text enters ITC, ITM and MLM [paper]; "mlm": MLM alone [ALBEF]; None: there is no MLM,
+    and ITC and ITM fine-tune for retrieval and grounding [ALBEF].
+    The queues start empty, and what was never written is no negative. [ours; ALBEF's start as random vectors]
     """
 
     def __init__(
-        self, encoders: Encoders, queue_size: int, momentum: float, temp: float, soft_mask: bool, soft_mask_negatives: bool,
-        attention_layer: int | None, focal_gamma: float, mask_text_for: str | None,
+        self, encoders: Encoders, queue_size: int, momentum: float, temp: float, soft_mask: bool,
+        soft_mask_negatives: bool, attention_layer: int | None, focal_gamma: float, mask_text_for: str | None,
     ):  # fmt: skip
         super().__init__(encoders, momentum, () if mask_text_for else ("mlm_head",))
         fusion_layers = len(encoders.fusion.layers)
@@ -690,45 +615,37 @@ class PretrainModel(Distilled):
             check_attention_layer(self.attention_layer, fusion_layers)
         if mask_text_for not in ("all", "mlm", None):
             raise ValueError(f'mask_text_for is {mask_text_for!r}, must be "all", "mlm" or None')
-        self.soft_mask = soft_mask
-        self.soft_mask_negatives = soft_mask_negatives
-        self.focal_gamma = focal_gamma
-        self.mask_text_for = mask_text_for
+        self.soft_mask, self.soft_mask_negatives = soft_mask, soft_mask_negatives
+        self.focal_gamma, self.mask_text_for = focal_gamma, mask_text_for
         self.itm_head = nn.Linear(encoders.text_proj.in_features, 2)
         self.temp = nn.Parameter(torch.tensor(temp))
-        feat = encoders.image_proj.out_features
-        self.register_buffer("image_queue", torch.zeros(queue_size, feat))
-        self.register_buffer("text_queue", torch.zeros(queue_size, feat))
+        for name in ("image_queue", "text_queue"):
+            self.register_buffer(name, torch.zeros(queue_size, encoders.image_proj.out_features))
         self.register_buffer("queue_ids", torch.full((queue_size,), -100))
-        self.register_buffer("queue_written", torch.tensor(0))
+        self.register_buffer("queue_written", torch.tensor(0))  # number of features ever written
 
     @torch.no_grad()
     def enqueue(self, image_feat_m, text_feat_m, image_ids):
-        """Put the twin's features (n, P) of all processes in the queues: once per optimizer step. [ALBEF]
-
-        image_ids (n,) int64, or None where they are not used.
-        """
+        """Put the twin's features (n, P) of all processes, and image_ids (n,) or None, in the queues. [ALBEF]"""
         if image_ids is None:
             image_ids = torch.full((len(image_feat_m),), -100, device=image_feat_m.device)
-        for queue, entries in ((self.image_queue, image_feat_m), (self.text_queue, text_feat_m), (self.queue_ids, image_ids)):
+        for name, entries in (("image_queue", image_feat_m), ("text_queue", text_feat_m), ("queue_ids", image_ids)):
             entries = gather(entries)
-            write_queue(queue, int(self.queue_written), entries)
+            write_queue(self.get_buffer(name), int(self.queue_written), entries)
         self.queue_written += len(entries)
 
+    @torch.no_grad()
     def clamp_temp(self):
         """Keep the temperature in [0.001, 0.5]: before each forward pass. [ALBEF]"""
-        with torch.no_grad():
-            self.temp.clamp_(0.001, 0.5)
+        self.temp.clamp_(0.001, 0.5)
 
     def forward(
-        self, image, input_ids, attention_mask, masked_ids, mlm_labels, word_ids, image_ids, alpha: float, generator=None
+        self, image, input_ids, attention_mask, masked_ids, mlm_labels, word_ids, image_ids, alpha, generator=None
     ):
-        """Losses of one batch.
+        """Losses {itc, itm, soft_itm, mlm} of one batch, statistics for the log, and the arguments for enqueue.
 
-        image (B, 3, S, S), normalised and distorted; input_ids, attention_mask (B, L): the clean text;
-        masked_ids, mlm_labels (B, L): the masked text and the ids it hides, -100 elsewhere; word_ids (B, L): see pick_word;
-        image_ids (B,) int64, or None: then every pair is its own image; alpha: weight of the twin's targets.
-        Returns losses {itc, itm, soft_itm, mlm}, statistics for the log, and the features for enqueue.
+        image (B, 3, S, S), normalised, distorted; input_ids, attention_mask, word_ids (B, L): of tokenize; masked_ids,
+        mlm_labels (B, L): of mask_text; image_ids (B,), or None: each pair its own; alpha: weight of twin's targets.
         """
         student, twin = self.encoders, self.encoders_m
         size = len(image)
@@ -746,14 +663,14 @@ class PretrainModel(Distilled):
             image_feat_m, text_feat_m = twin.image_feat(image_embeds_m), twin.text_feat(text_embeds_m)
 
         # Focal ITC, before fusion
-        different = own[:, None] != own[None] if image_ids is None else image_ids[:, None] != image_ids[None]
+        ids = own if image_ids is None else image_ids
+        different = ids[:, None] != ids[None]  # (B, B)
         filled = min(int(self.queue_written), len(self.queue_ids))
-        known_ids = self.queue_ids[:filled]
-        positives = None if image_ids is None else image_ids[:, None] == torch.cat([image_ids, known_ids])[None]
+        queues = self.image_queue[:filled], self.text_queue[:filled]
+        positives = None if image_ids is None else ids[:, None] == torch.cat([ids, self.queue_ids[:filled]])[None]
         loss_itc, sim_i2t, sim_t2i = focal_itc_loss(
-            image_feat, text_feat, image_feat_m, text_feat_m, self.image_queue[:filled], self.text_queue[:filled],
-            self.temp, alpha, self.focal_gamma, positives,
-        )  # fmt: skip
+            image_feat, text_feat, image_feat_m, text_feat_m, *queues, self.temp, alpha, self.focal_gamma, positives
+        )
 
         # Multi-modal encoder on the positive pairs
         keys_values = all_keys_values = student.image_keys_values(image_embeds)
@@ -772,26 +689,20 @@ class PretrainModel(Distilled):
             picked = pick_word(word_ids, masked, generator)
             mask, has_word = soft_mask(cam, picked), picked.any(1)
             soft_keys_values = student.fusion.soft_mask_keys_values(keys_values, mask)
-            all_keys_values = [
-                (torch.cat([keys, soft_keys]), torch.cat([values, soft_values]))
-                for (keys, values), (soft_keys, soft_values) in zip(keys_values, soft_keys_values)
-            ]
+            both = zip(keys_values, soft_keys_values)  # layer by layer, the keys and values of either kind of images
+            all_keys_values = [[torch.cat(parts) for parts in zip(*layer)] for layer in both]
             rows.append((own, size + own, 1, has_word))
             if self.soft_mask_negatives:
                 rows.append((negative_text, size + own, 0, text_valid & has_word))
                 rows.append((own, size + negative_image, 0, image_valid & has_word[negative_image]))
 
         text_index, image_index = torch.cat([row[0] for row in rows]), torch.cat([row[1] for row in rows])
-        labels = torch.cat([torch.where(valid, label, -100) for _, _, label, valid in rows])
-        fused_rows, _ = student.fuse(
-            text_embeds.index_select(0, text_index), attention_mask[text_index], all_keys_values, image_index, cls_only=True
-        )
+        texts, texts_mask = text_embeds.index_select(0, text_index), attention_mask[text_index]
+        fused_rows, _ = student.fuse(texts, texts_mask, all_keys_values, image_index, cls_only=True)
         logits = torch.cat([match_logits, self.itm_head(fused_rows[:, 0])])
-        labels = torch.cat([torch.ones_like(own), labels])
+        labels = torch.cat([torch.ones_like(own)] + [torch.where(valid, label, -100) for _, _, label, valid in rows])
         plain, soft = slice(0, 3 * size), slice(3 * size, None)
-        loss_itm, loss_soft_itm = itm_loss(logits[plain], labels[plain]), itm_loss(logits[soft], labels[soft])
-
-        losses = {"itc": loss_itc, "itm": loss_itm}
+        losses = {"itc": loss_itc, "itm": itm_loss(logits[plain], labels[plain])}
 
         # MLM: the same pass, unless the text is masked for it alone
         if self.mask_text_for == "mlm":
@@ -805,24 +716,23 @@ class PretrainModel(Distilled):
                 mlm_logits_m = twin.mlm_logits(fused_m[masked])  # (M, V)
             losses["mlm"] = mlm_loss(student.mlm_logits(fused[masked]), mlm_logits_m, mlm_labels[masked], alpha)
 
-        stats = {"itm_accuracy": itm_accuracy(logits[plain].detach(), labels[plain]), "temp": self.temp.detach().clone()}
+        stats = {"itm_accuracy": itm_accuracy(logits[plain], labels[plain]), "temp": self.temp.detach().clone()}
         if self.soft_mask:
-            losses["soft_itm"] = loss_soft_itm
-            stats["soft_itm_accuracy"] = itm_accuracy(logits[soft].detach(), labels[soft])
-            stats["mask_mean"] = mask.mean()
+            losses["soft_itm"] = itm_loss(logits[soft], labels[soft])
+            stats |= {"soft_itm_accuracy": itm_accuracy(logits[soft], labels[soft]), "mask_mean": mask.mean()}
         return losses, stats, (image_feat_m, text_feat_m, image_ids)
 
 
-# Downstream models: ALBEF's losses, on clean text, with neither soft mask nor focal factor [ours: the paper's way is unknown]
+# Downstream models: ALBEF's losses on clean text, no soft mask, no focal factor [ours: the paper's way is unknown]
 
 
-class ClassifierModel(Distilled):
+class ClassifierModel(TaskModel):
     """The class of a text with one image (SNLI-VE) or with two (NLVR2). [ALBEF] model_ve.py, model_nlvr.py"""
 
     def __init__(self, encoders: Encoders, num_classes: int, momentum: float):
         width = encoders.text_proj.in_features
         encoders.cls_head = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, num_classes))
-        super().__init__(encoders, momentum, ("image_proj", "text_proj", "mlm_head"))
+        super().__init__(encoders, momentum)
 
     def logits(self, encoders, image, input_ids, attention_mask):
         """image (B, 3, S, S), or (B, 2, 3, S, S): left, right; returns (B, classes), float32."""
@@ -841,27 +751,18 @@ class ClassifierModel(Distilled):
         return {"cls": loss}, {"accuracy": (logits.argmax(1) == labels).float().mean()}
 
 
-class TextAssignmentModel(nn.Module):
-    """Pre-training for NLVR2: does a text belong to the left image, the right one, or neither? [ALBEF] model_pretrain_nlvr.py
-
-    There is no twin. encoders: with images_per_text 2.
-    """
+class TextAssignmentModel(TaskModel):
+    """Pre-training for NLVR2: does a text belong to the left image, the right one, or neither? No twin. [ALBEF]"""
 
     def __init__(self, encoders: Encoders, temp: float):
-        super().__init__()
-        self.temp, self.unused = temp, ("image_proj", "text_proj", "mlm_head")
-        for name in self.unused:
-            getattr(encoders, name).requires_grad_(False)
-        self.encoders = encoders
+        super().__init__(encoders, momentum=None)
+        self.temp = temp
         self.ta_head = nn.Linear(encoders.text_proj.in_features, 3)
 
-    def update_twin(self):
-        """Nothing to move."""
-
     def forward(self, image, input_ids, attention_mask, image_ids, generator=None):
-        """image (B, 3, S, S) and their texts; images of other image_ids (B,) are drawn beside them, the similar more often.
+        """The losses {ta} and statistics. Label 0: left, 1: right, 2: neither, each a third of the time.
 
-        Returns the losses {ta} and statistics. Label 0: left, 1: right, 2: neither, each a third of the time.
+        image (B, 3, S, S) and their texts; beside them, images of other image_ids (B,), the similar more often.
         """
         encoders, own = self.encoders, torch.arange(len(image), device=image.device)
         image_embeds = encoders.encode_image(image)
@@ -882,16 +783,14 @@ class TextAssignmentModel(nn.Module):
         return {"ta": itm_loss(logits, labels)}, {"accuracy": (logits.argmax(1) == labels).float().mean()}
 
 
-class VqaModel(Distilled):
+class VqaModel(TaskModel):
     """Answers to questions about an image, by a decoder that reads the fused question. [ALBEF] model_vqa.py"""
 
     def __init__(self, encoders: Encoders, decoder_layers: int, momentum: float):
-        words, positions = (encoders.text.embeddings[name].num_embeddings for name in ("word", "position"))
-        bert = encoders.fusion.layers[0]
-        encoders.decoder = AnswerDecoder(
-            words, positions, encoders.text_proj.in_features, decoder_layers, bert.self_attention.num_heads, bert.dropout.p
-        )
-        super().__init__(encoders, momentum, ("image_proj", "text_proj", "mlm_head"))
+        width, bert = encoders.text_proj.in_features, encoders.fusion.layers[0]
+        tables = (encoders.text.embeddings[name].num_embeddings for name in ("word", "position"))
+        encoders.decoder = AnswerDecoder(*tables, width, decoder_layers, bert.self_attention.num_heads, bert.dropout.p)
+        super().__init__(encoders, momentum)
 
     def question_keys_values(self, encoders, image, input_ids, attention_mask):
         """What the decoder reads of each question: keys and values of its fused states."""
@@ -899,13 +798,10 @@ class VqaModel(Distilled):
         fused, _ = encoders.fuse(encoders.encode_text(input_ids, attention_mask), attention_mask, keys_values)
         return encoders.decoder.fusion.keys_values(fused)
 
-    def forward(
-        self, image, input_ids, attention_mask, answer_ids, answer_mask, answer_question, answer_weights, alpha: float
-    ):
-        """B questions about image (B, 3, S, S), with A answers in all.
+    def forward(self, image, input_ids, attention_mask, answer_ids, answer_mask, answer_question, weights, alpha):
+        """The losses {vqa}, the weighted sum over all A answers to B questions, divided by B; and statistics.
 
-        answer_ids, answer_mask (A, L); answer_question (A,): the question of each; answer_weights (A,).
-        Returns the losses {vqa}: the weighted sum over the answers, divided by B; and statistics.
+        answer_ids, answer_mask (A, L); answer_question (A,): the question of each; weights (A,).
         """
         question, answers = (image, input_ids, attention_mask), (answer_ids, answer_mask)
         keys_values = self.question_keys_values(self.encoders, *question)
@@ -913,16 +809,16 @@ class VqaModel(Distilled):
         with torch.no_grad():
             keys_values_m = self.question_keys_values(self.encoders_m, *question)
             logits_m = self.encoders_m.decoder(*answers, keys_values_m, attention_mask, answer_question)
-        loss = (answer_weights * answer_loss(logits, logits_m, *answers, alpha)).sum() / len(image)
+        loss = (weights * answer_loss(logits, logits_m, *answers, alpha)).sum() / len(image)
         return {"vqa": loss}, {}
 
     @torch.no_grad()
     def rank_answers(self, image, input_ids, attention_mask, candidate_ids, candidate_mask, k: int):
         """The k best of a fixed list of answers to each question. [ALBEF] rank_answer
 
-        candidate_ids, candidate_mask (C, L): [CLS] answer [SEP]. The k candidates whose first token is likeliest are ranked
-        by the likelihood of the whole; it counts that token twice, as ALBEF's does, on which its figures depend.
-        Returns index (B, k) of the candidates, best first, and their probabilities among the k.
+        candidate_ids, candidate_mask (C, L): [CLS] answer [SEP]. The k whose first token is likeliest are ranked by the
+        likelihood of the whole, in which ALBEF counts that token twice; its figures depend on it. Returns index (B, k)
+        of the candidates, best first, and their probabilities among the k.
         """
         decoder, questions = self.encoders.decoder, len(image)
         keys_values = self.question_keys_values(self.encoders, image, input_ids, attention_mask)
@@ -941,12 +837,12 @@ def build_model(task: str, vocab_size: int, model: dict, method: dict):
     """The model of a task, from config.yaml's sections `model` and `method`, given as plain dicts."""
     sizes = {name: value for name, value in model.items() if not name.endswith("_weights")}
     encoders = Encoders(vocab_size, **sizes, images_per_text=2 if task.startswith("nlvr2") else 1)
-    names = ("soft_mask", "soft_mask_negatives", "attention_layer", "focal_gamma", "mask_text_for")
-    innovations = {name: method[name] for name in names}
     if task in ("retrieval", "grounding"):  # ALBEF's losses, without MLM
-        innovations |= {"soft_mask": False, "soft_mask_negatives": False, "focal_gamma": 0.0, "mask_text_for": None}
+        method = method | {"soft_mask": False, "soft_mask_negatives": False, "focal_gamma": 0.0, "mask_text_for": None}
     if task in ("pretrain", "retrieval", "grounding"):
-        return PretrainModel(encoders, method["queue_size"], method["momentum"], method["temp"], **innovations)
+        innovations = ("soft_mask", "soft_mask_negatives", "attention_layer", "focal_gamma", "mask_text_for")
+        names = ("queue_size", "momentum", "temp", *innovations)
+        return PretrainModel(encoders, **{name: method[name] for name in names})
     if task == "vqa":
         return VqaModel(encoders, model["fusion_layers"], method["momentum"])
     if task == "nlvr2_pretrain":
@@ -957,26 +853,22 @@ def build_model(task: str, vocab_size: int, model: dict, method: dict):
 # Multi-modal augmentation
 
 
-def mask_text(input_ids, word_ids, mask_id: int, ordinary_ids, probability: float, random_replacement: bool, generator=None):
+def mask_text(input_ids, word_ids, mask_id: int, ordinary_ids, probability, random_replacement: bool, generator=None):
     """Mask tokens for MLM: 80 % [MASK], 10 % a random token, 10 % unchanged. [ALBEF], after BERT
 
-    input_ids (B, L) int64; word_ids (B, L): special tokens and padding, -1, are never masked; ordinary_ids (n,): the
-    vocabulary without special tokens, which random ones are drawn from [ours; ALBEF draws special ones too].
-    probability in [0, 1], each token on its own; random_replacement False: [MASK] in every case.
-    Returns masked_ids (B, L) and mlm_labels (B, L): the id hidden, -100 where nothing is.
+    input_ids, word_ids (B, L): see tokenize; ordinary_ids (n,): the vocabulary without special tokens, which are not
+    masked, nor drawn [ours; ALBEF draws them]. probability in [0, 1], each token on its own; random_replacement False:
+    [MASK] in every case. Returns masked_ids (B, L) and mlm_labels (B, L): the id hidden, -100 where nothing is.
     """
-
-    def uniform():
-        return torch.rand(input_ids.shape, generator=generator, device=input_ids.device)
-
-    chosen = (uniform() < probability) & (word_ids >= 0)
-    kind = uniform() if random_replacement else torch.zeros(input_ids.shape, device=input_ids.device)
-    drawn = torch.randint(len(ordinary_ids), input_ids.shape, generator=generator, device=input_ids.device)
+    shape, device = input_ids.shape, input_ids.device
+    chosen = (torch.rand(shape, generator=generator, device=device) < probability) & (word_ids >= 0)
+    kind = torch.rand(shape, generator=generator, device=device) if random_replacement else torch.zeros_like(input_ids)
+    drawn = torch.randint(len(ordinary_ids), shape, generator=generator, device=device)
     replacement = torch.where(kind < 0.8, mask_id, torch.where(kind < 0.9, ordinary_ids[drawn], input_ids))
     return torch.where(chosen, replacement, input_ids), torch.where(chosen, input_ids, -100)
 
 
-def distort_images(images, brightness: float, contrast: float, blur: float, hue: float, grayscale: float, generator=None):
+def distort_images(images, brightness, contrast, blur, hue, grayscale, generator=None):
     """Render distortions on a batch. [paper] abstract names "rendering distortions on images"; which ones: [ours]
 
     images (B, 3, S, S) float32 in [0, 1]; each image has its own draws. brightness, contrast: a factor from
@@ -998,60 +890,53 @@ def distort_images(images, brightness: float, contrast: float, blur: float, hue:
         radius = max(1, math.ceil(2 * limit))
         sigma = torch.where(draw(0, 1) < blur, draw(0.1, max(limit, 0.1)), 0.01).flatten()  # 0.01: the identity
         offsets = torch.arange(-radius, radius + 1, device=images.device)
-        kernel = (-0.5 * (offsets / sigma[:, None]) ** 2).softmax(1).repeat_interleave(3, 0)[:, None, None]  # (3B, 1, 1, k)
+        kernel = (-0.5 * (offsets / sigma[:, None]) ** 2).softmax(1)
+        kernel = kernel.repeat_interleave(3, 0)[:, None, None]  # (B, k) -> (3B, 1, 1, k)
         flat = F.pad(images, [radius] * 4, mode="reflect").flatten(0, 1)[None]  # (B, 3, S, S) -> (1, 3B, S, S)
         flat = F.conv2d(F.conv2d(flat, kernel, groups=flat.shape[1]), kernel.transpose(2, 3), groups=flat.shape[1])
         images = flat[0].unflatten(0, (-1, 3))
     if hue:
-        turns = draw(-hue, hue).flatten().tolist()
-        images = torch.stack([TF.adjust_hue(image, turn) for image, turn in zip(images, turns)])
+        images = torch.stack([TF.adjust_hue(image, turn.item()) for image, turn in zip(images, draw(-hue, hue))])
     if grayscale:
         images = torch.where(draw(0, 1) < grayscale, TF.rgb_to_grayscale(images, num_output_channels=3), images)
     return images
 
 
-RANDAUGMENT_OPS = (
-    "identity", "autocontrast", "equalize", "brightness", "sharpness",
-    "shear_x", "shear_y", "translate_x", "translate_y", "rotate",
-)  # fmt: skip
-"""[ALBEF] dataset/__init__.py: the ten operations; not those of torchvision's RandAugment."""
+PHOTOMETRIC_OPS = {
+    "identity": nn.Identity(),
+    "autocontrast": TF.autocontrast,
+    "equalize": TF.equalize,
+    "brightness": functools.partial(TF.adjust_brightness, brightness_factor=1.36),
+    "sharpness": functools.partial(TF.adjust_sharpness, sharpness_factor=1.36),
+}
+GEOMETRIC_OPS = {  # angle in degrees, shift in pixels, shear as slopes, and the point that stays (None: the centre)
+    "shear_x": (0, [0, 0], [0.21, 0], [0, 0]),
+    "shear_y": (0, [0, 0], [0, 0.21], [0, 0]),
+    "translate_x": (0, [7, 0], [0, 0], None),
+    "translate_y": (0, [0, 7], [0, 0], None),
+    "rotate": (21, [0, 0], [0, 0], None),
+}
+RANDAUGMENT_OPS = (*PHOTOMETRIC_OPS, *GEOMETRIC_OPS)
+"""[ALBEF] dataset/__init__.py: the ten operations, at level 7 of 10; not those of torchvision's RandAugment."""
 
 
 def randaugment_op(image, name: str, sign: int):
-    """One of RANDAUGMENT_OPS on a PIL image, at ALBEF's level 7 of 10. [ALBEF] dataset/randaugment.py
-
-    sign 1 or -1: direction of the geometric ones. Shears are about the upper left corner; new pixels are grey (128).
-    """
-    shear = math.degrees(math.atan(sign * 0.21))
-    affine = {
-        "shear_x": (0, [0, 0], [shear, 0], [0, 0]),
-        "shear_y": (0, [0, 0], [0, shear], [0, 0]),
-        "translate_x": (0, [sign * 7, 0], [0, 0], None),
-        "translate_y": (0, [0, sign * 7], [0, 0], None),
-        "rotate": (sign * 21, [0, 0], [0, 0], None),
-    }
-    if name in affine:
-        angle, translate, shear, center = affine[name]
-        return TF.affine(image, angle, translate, 1.0, shear, InterpolationMode.BILINEAR, [128, 128, 128], center)
-    if name == "autocontrast":
-        return TF.autocontrast(image)
-    if name == "equalize":
-        return TF.equalize(image)
-    if name == "brightness":
-        return TF.adjust_brightness(image, 1.36)
-    if name == "sharpness":
-        return TF.adjust_sharpness(image, 1.36)
-    if name == "identity":
-        return image
-    raise ValueError(f"no operation {name!r}; there are {', '.join(RANDAUGMENT_OPS)}")
+    """One of RANDAUGMENT_OPS on a PIL image; sign 1 or -1: direction of the geometric ones. [ALBEF] randaugment.py"""
+    if name in PHOTOMETRIC_OPS:
+        return PHOTOMETRIC_OPS[name](image)
+    if name not in GEOMETRIC_OPS:
+        raise ValueError(f"no operation {name!r}; there are {', '.join(RANDAUGMENT_OPS)}")
+    angle, shift, slopes, center = GEOMETRIC_OPS[name]
+    shift, shear = [sign * s for s in shift], [math.degrees(math.atan(sign * slope)) for slope in slopes]
+    return TF.affine(image, sign * angle, shift, 1.0, shear, InterpolationMode.BILINEAR, [128] * 3, center)  # grey
 
 
 def augment_image(image, size: int, crop_min_area: float, flip: bool, randaugment_ops: int, generator=None):
-    """Random resized crop, flip, and RandAugment: a PIL image to a PIL image of size x size. [ALBEF] dataset/__init__.py
+    """Random resized crop, flip, and RandAugment: a PIL image to one of size x size. [ALBEF] dataset/__init__.py
 
-    crop_min_area: least share of the area kept, 1 for the whole image; aspect ratio from 3/4 to 4/3; flip: mirror it (the caller draws this,
-    since the text has to be flipped along: flip_words); randaugment_ops: operations drawn, each applied half the time.
-    Copy with: RANDAUGMENT_OPS, randaugment_op.
+    crop_min_area: least share of the area kept, 1 for the whole image, at aspect ratios from 3/4 to 4/3; flip: mirror
+    it (the caller draws this, since the text needs flip_words too); randaugment_ops: how many are drawn, each applied
+    half the time. Copy with: PHOTOMETRIC_OPS, GEOMETRIC_OPS, RANDAUGMENT_OPS, randaugment_op.
     """
 
     def uniform(low, high):
@@ -1072,8 +957,7 @@ def augment_image(image, size: int, crop_min_area: float, flip: bool, randaugmen
         w, h = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
         left, top = (width - w) // 2, (height - h) // 2
     image = TF.resized_crop(image, top, left, h, w, [size, size], InterpolationMode.BICUBIC)
-    if flip:
-        image = TF.horizontal_flip(image)
+    image = TF.horizontal_flip(image) if flip else image
     for _ in range(randaugment_ops):
         name = RANDAUGMENT_OPS[int(uniform(0, len(RANDAUGMENT_OPS)))]
         apply, sign = uniform(0, 1) < 0.5, 1 if uniform(0, 1) < 0.5 else -1
@@ -1105,9 +989,8 @@ def square(image, size: int):
 
 def clean_caption(caption: str, max_words: int) -> str:
     """Lower case, punctuation dropped, - and / to spaces, at most max_words words. [ALBEF] pre_caption"""
-    caption = re.sub(r"[,.'!?\"()*#:;~]", "", caption.lower())
-    caption = caption.replace("-", " ").replace("/", " ").replace("<person>", "person")
-    caption = re.sub(r"\s{2,}", " ", caption).rstrip("\n").strip(" ")
+    caption = re.sub(r"[,.'!?\"()*#:;~]", "", caption.lower()).replace("-", " ").replace("/", " ")
+    caption = re.sub(r"\s{2,}", " ", caption.replace("<person>", "person")).rstrip("\n").strip(" ")
     return " ".join(caption.split(" ")[:max_words])
 
 
@@ -1118,29 +1001,24 @@ def clean_question(question: str, max_words: int) -> str:
 
 
 def load_tokenizer(name):
-    """A BERT tokenizer: name is a vocab.txt, a folder that holds one, a list of its entries, or a name on the hub.
-
-    ValueError where it is none of these, or has no [CLS], [PAD], [MASK] or [UNK].
-    """
+    """A BERT tokenizer: name is a vocab.txt, its folder, its list of entries, or a name on the hub; else ValueError."""
     from transformers import AutoTokenizer, BertTokenizer  # here, so that the rest of this module needs torch alone
 
     if isinstance(name, str) and os.path.isdir(name):
         name = os.path.join(name, "vocab.txt")
-    if isinstance(name, str) and not os.path.isfile(name):
-        if name.endswith(".txt"):  # no name on the hub, where a look-up may take minutes
-            raise ValueError(f"tokenizer {name!r}: no such file")
+    if not isinstance(name, str):
+        entries, name = list(name), "vocabulary"
+    elif os.path.isfile(name):
+        with open(name, encoding="utf-8") as file:
+            entries = [line.rstrip("\n") for line in file]
+    elif name.endswith(".txt"):  # no name on the hub, where a look-up may take minutes
+        raise ValueError(f"tokenizer {name!r}: no such file")
+    else:
         try:
             return AutoTokenizer.from_pretrained(name)
         except Exception as error:  # the hub's client raises many kinds
-            raise ValueError(
-                f"tokenizer {name!r} is no file here and could not be loaded from the hub ({type(error).__name__}); "
-                "name a vocab.txt"
-            ) from None
-    if isinstance(name, str):
-        with open(name, encoding="utf-8") as file:
-            entries = [line.rstrip("\n") for line in file]
-    else:
-        entries, name = list(name), "vocabulary"
+            reason = f"is no file here and could not be loaded from the hub ({type(error).__name__})"
+            raise ValueError(f"tokenizer {name!r} {reason}; name a vocab.txt") from None
     absent = {"[PAD]", "[UNK]", "[CLS]", "[MASK]"} - set(entries)
     if absent:
         raise ValueError(f"{name} is no BERT vocabulary: it lacks {', '.join(sorted(absent))}")
@@ -1157,7 +1035,7 @@ def vocabulary(tokenizer) -> list[str]:
 
 
 def tokenize(tokenizer, texts: list[str], max_tokens: int, end: bool = False) -> dict:
-    """[CLS] and the word pieces of each text, with no [SEP] unless end asks for it (answers) [ALBEF], padded to the longest.
+    """[CLS] and the word pieces of each text, then [SEP] if end asks for it (answers), padded to the longest. [ALBEF]
 
     Returns input_ids, attention_mask, word_ids (B, L) int64 (word_ids: number of the word a token is a piece of, -1 for
     [CLS], [SEP] and padding), L at most max_tokens; and truncated, the number of texts cut to that.
@@ -1177,33 +1055,27 @@ def tokenize(tokenizer, texts: list[str], max_tokens: int, end: bool = False) ->
 
 # Weights of DeiT, BERT and ALBEF
 
-ALBEF_VISION_NAMES = (
-    ("visual_encoder.", "vision."), ("patch_embed.proj.", "patch_embed."), (".attn.proj.", ".attn.out."),
-)  # fmt: skip
+ALBEF_VISION_NAMES = ("visual_encoder.", "vision."), ("patch_embed.proj.", "patch_embed."), ("attn.proj.", "attn.out.")
 ALBEF_TEXT_NAMES = (
-    ("vision_proj.", "image_proj."), ("text_encoder.bert.", "text_encoder."),
+    ("vision_proj.", "image_proj."), ("text_encoder.cls.predictions.bias", "mlm_head.bias"),
     ("text_encoder.cls.predictions.transform.dense.", "mlm_head.dense."),
     ("text_encoder.cls.predictions.transform.LayerNorm.", "mlm_head.norm."),
-    ("text_encoder.cls.predictions.bias", "mlm_head.bias"),
     ("text_encoder.embeddings.word_embeddings.", "text.embeddings.word."),
     ("text_encoder.embeddings.position_embeddings.", "text.embeddings.position."),
     ("text_encoder.embeddings.token_type_embeddings.", "text.embeddings.token_type."),
     ("text_encoder.embeddings.LayerNorm.", "text.embeddings.norm."), ("text_encoder.encoder.layer.", "bert.layers."),
     ("crossattention.self.", "cross_attention."), ("crossattention.output.dense.", "cross_attention.out."),
-    ("crossattention.output.LayerNorm.", "cross_norm."),
-    (".attention.self.", ".self_attention."), (".attention.output.dense.", ".self_attention.out."),
-    (".attention.output.LayerNorm.", ".self_norm."),
+    ("crossattention.output.LayerNorm.", "cross_norm."), (".attention.self.", ".self_attention."),
+    (".attention.output.dense.", ".self_attention.out."), (".attention.output.LayerNorm.", ".self_norm."),
     (".intermediate.dense.", ".mlp.fc1."), (".output.dense.", ".mlp.fc2."), (".output.LayerNorm.", ".mlp_norm."),
 )  # fmt: skip
-"""Part of ALBEF's parameter name -> ours, applied in this order. DeiT's names are ALBEF's behind visual_encoder.,
-Hugging Face BERT's are ALBEF's behind text_encoder., and text_decoder. is as text_encoder."""
+"""Part of ALBEF's parameter name -> ours, in this order; text_decoder. and text_encoder.bert. are as text_encoder."""
 
 NOT_OURS = re.compile(
     r"position_ids$|cls\.predictions\.decoder\.|pooler\.|seq_relationship\.|visual_encoder(_m)?\.head\."
     r"|^(image_queue|text_queue|idx_queue|queue_ptr)$"
 )
 """What those checkpoints hold and we expect to leave: constants, tied copies, heads of other tasks, queues."""
-
 
 TASK_PARTS = ("temp", "itm_head", "ta_head") + tuple(
     f"encoders.{name}" for name in ("cls_head", "decoder", "mlm_head", "image_proj", "text_proj")
@@ -1218,19 +1090,16 @@ def task_part(key: str) -> str | None:
 
 
 def rename_albef(state: dict, text_layers: int) -> dict:
-    """A state under ALBEF's names -> ours, the twin's entries under encoders_m. [ALBEF]
-
-    text_layers: BERT layers below the fusion encoder. Fused qkv are cut into query, key and value.
-    """
+    """A state under ALBEF's names -> ours; text_layers: BERT layers below the fusion encoder. [ALBEF]"""
     renamed = {}
     for key, tensor in state.items():
         if NOT_OURS.search(key):
             continue
         name = re.sub(r"^(visual_encoder|text_encoder|text_decoder|vision_proj|text_proj|cls_head)_m\.", r"\1.", key)
-        prefix = "encoders_m." if name != key else "encoders."
-        name = name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
         decoder = name.startswith("text_decoder.")
-        name = name.replace("text_decoder.", "text_encoder.")
+        prefix = ("encoders_m." if name != key else "encoders.") + "decoder." * decoder
+        name = name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
+        name = name.replace("text_decoder.", "text_encoder.").replace("text_encoder.bert.", "text_encoder.")
         for theirs, ours in ALBEF_VISION_NAMES + ALBEF_TEXT_NAMES:
             name = name.replace(theirs, ours)
         layer = re.match(r"bert\.layers\.(\d+)\.(.*)", name)
@@ -1239,7 +1108,6 @@ def rename_albef(state: dict, text_layers: int) -> dict:
             name = f"fusion.layers.{i}.{layer[2]}" if i >= 0 else f"text.layers.{i + text_layers}.{layer[2]}"
         if name.startswith(("temp", "itm_head.", "ta_head.")):
             prefix = ""
-        prefix += "decoder." * decoder
         if ".attn.qkv." in name:
             for part, chunk in zip(("query", "key", "value"), tensor.chunk(3)):
                 renamed[prefix + name.replace("qkv", part)] = chunk
@@ -1249,11 +1117,9 @@ def rename_albef(state: dict, text_layers: int) -> dict:
 
 
 def export_albef(model) -> dict:
-    """A model's state under ALBEF's names and in its layout, for the tools of others: the inverse of rename_albef. [ALBEF]
-
-    For the model of any task; what its task leaves alone is left out, as in ALBEF's own checkpoints.
-    """
-    has_bert = isinstance(model, PretrainModel) and model.mask_text_for  # text_encoder. is BertForMaskedLM, else BertModel
+    """The state of any task's model as ALBEF's own checkpoints have it, less what the task leaves alone. [ALBEF]"""
+    has_bert = isinstance(model, PretrainModel) and model.mask_text_for  # BertForMaskedLM there, else BertModel
+    left_out = ("mlm_head",) if isinstance(model, TextAssignmentModel) else model.unused
     exported = {}
     for key, tensor in model.state_dict().items():
         part, _, name = key.partition(".")
@@ -1265,13 +1131,13 @@ def export_albef(model) -> dict:
             exported["queue_ptr"] = tensor[None] % max(len(model.queue_ids), 1)
         elif part not in ("encoders", "encoders_m"):
             exported[key] = tensor
-        elif not name.startswith(model.unused):
+        elif not name.startswith(left_out):
             decoder = name.startswith("decoder.")
             name, first = name.removeprefix("decoder."), 0 if decoder else len(model.encoders.text.layers)
             name = re.sub(r"^fusion\.layers\.(\d+)", lambda match: f"bert.layers.{int(match[1]) + first}", name)
             name = re.sub(r"^text\.layers", "bert.layers", name)
             for theirs, ours in reversed(ALBEF_VISION_NAMES if name.startswith("vision.") else ALBEF_TEXT_NAMES):
-                name = name.replace(ours, theirs) if theirs != "text_encoder.bert." else name
+                name = name.replace(ours, theirs)
             if has_bert or decoder:
                 name = re.sub(r"^text_encoder\.(?!cls)", "text_encoder.bert.", name)
             name = re.sub("^text_encoder", "text_decoder", name) if decoder else name
@@ -1289,25 +1155,21 @@ def export_albef(model) -> dict:
 
 
 def pair_layers(state: dict, encoders: Encoders) -> dict:
-    """state with each fusion layer i as layers 2i and 2i + 1, where encoders have pairs of them and state has not. [ALBEF]"""
-    pattern = re.compile(r"(.*fusion\.layers\.)(\d+)(\..*)")
+    """state with each fusion layer i as layers 2i and 2i + 1, if encoders have pairs of them and it has not. [ALBEF]"""
+    pattern = re.compile(r"^(.*fusion\.layers\.)(\d+)(\..*)$")
     layers = {int(match[2]) for match in map(pattern.fullmatch, state) if match and "decoder" not in match[1]}
     images = encoders.fusion.images_per_text
     if images == 1 or len(layers) * images != len(encoders.fusion.layers):
         return state
     paired = {}
     for key, tensor in state.items():
-        match = pattern.fullmatch(key)
-        for i in range(images if match else 1):
-            paired[f"{match[1]}{images * int(match[2]) + i}{match[3]}" if match else key] = tensor
+        for i in range(images):  # sub leaves the names of other parts as they are
+            paired[pattern.sub(lambda match: f"{match[1]}{images * int(match[2]) + i}{match[3]}", key)] = tensor
     return paired
 
 
 def start_decoder(encoders: Encoders):
-    """Start the answer decoder from the embeddings, the fusion layers and the MLM head. [ALBEF] VQA.py
-
-    Where image and text differ in width, its cross-attention's key and value projections stay fresh.
-    """
+    """Start the answer decoder from embeddings, fusion layers, as far as shapes agree, and MLM head. [ALBEF] VQA.py"""
     decoder = encoders.decoder
     decoder.text.embeddings.load_state_dict(encoders.text.embeddings.state_dict())
     decoder.mlm_head.load_state_dict(encoders.mlm_head.state_dict())
@@ -1318,10 +1180,9 @@ def start_decoder(encoders: Encoders):
 
 
 def load_weights(module, state: dict, missing_ok: tuple[str, ...] = ()) -> list[str]:
-    """Copy state into module, position embeddings resized to its grid; every other difference is a ValueError.
+    """Copy state into module, position embeddings resized; ValueError for keys left over, missing or of another shape.
 
-    missing_ok: regular expressions of names that may be absent from state and keep their fresh values.
-    Returns the names that kept them. Raises ValueError that names each key left over, missing or of another shape.
+    missing_ok: regular expressions of names that may be missing. Returns the names that were.
     """
     own = module.state_dict()
     vits = {name: m for name, m in module.named_modules() if isinstance(m, VisionTransformer)}
@@ -1330,11 +1191,9 @@ def load_weights(module, state: dict, missing_ok: tuple[str, ...] = ()) -> list[
     missing = [k for k in own if k not in state]
     faults = [f"{k} is missing" for k in missing if not any(re.search(pattern, k) for pattern in missing_ok)]
     faults += [f"{k} is left over" for k in state if k not in own]
-    faults += [
-        f"{k} has shape {tuple(v.shape)}, the model's has {tuple(own[k].shape)}"
-        for k, v in state.items()
-        if k in own and v.shape != own[k].shape
-    ]
+    for k, v in state.items():
+        if k in own and v.shape != own[k].shape:
+            faults.append(f"{k} has shape {tuple(v.shape)}, the model's has {tuple(own[k].shape)}")
     if faults:
         more = f" (and {len(faults) - 6} more)" if len(faults) > 6 else ""
         raise ValueError("the weights do not fit the model: " + "; ".join(faults[:6]) + more)
@@ -1342,29 +1201,27 @@ def load_weights(module, state: dict, missing_ok: tuple[str, ...] = ()) -> list[
     return missing
 
 
-def read_state(path) -> dict:
-    """The tensors of a checkpoint file: .safetensors, or torch.save's, raw or under "model" or "state_dict".
-
-    A leading "module." is dropped. Nothing but tensors and plain containers is unpickled.
-    ValueError where the file is no such checkpoint.
-    """
+def read_dict(path) -> dict:
+    """What a .safetensors file or one of torch.save holds; {} if no dict. ValueError where it cannot be read safely."""
     try:
         if str(path).endswith(".safetensors"):
             from safetensors.torch import load_file  # comes with transformers
 
-            state = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            return load_file(path)
+        content = torch.load(path, map_location="cpu", weights_only=True)  # tensors and plain containers alone
     except OSError:
         raise
     except Exception as error:  # a broken file raises many kinds
         raise ValueError(f"{path} is no checkpoint that can be read safely ({type(error).__name__})") from None
+    return content if isinstance(content, dict) else {}
+
+
+def read_state(path) -> dict:
+    """The tensors of a checkpoint file, raw or under "model" or "state_dict", less "module."; ValueError if none."""
+    state = read_dict(path)
     for name in ("model", "state_dict"):
-        if isinstance(state, dict) and isinstance(state.get(name), dict):
-            state = state[name]
-    if not isinstance(state, dict) or not all(
-        isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in state.items()
-    ):
+        state = state[name] if isinstance(state.get(name), dict) else state
+    if not state or not all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in state.items()):
         raise ValueError(f"{path} holds no state dict of tensors")
     return {key.removeprefix("module."): value for key, value in state.items()}
 
@@ -1376,11 +1233,7 @@ def load_deit(encoders: Encoders, state: dict):
 
 
 def load_bert(encoders: Encoders, state: dict) -> list[str]:
-    """Start text encoder, fusion encoder and MLM head from a Hugging Face BERT state, with or without "bert.". [ALBEF]
-
-    Cross-attention starts fresh; so does the MLM head where the state has none; an answer decoder starts from them.
-    Returns the names that did start fresh.
-    """
+    """Start all but the image encoder from a Hugging Face BERT state; returns the names that start fresh. [ALBEF]"""
     state = {f"text_encoder.{key.removeprefix('bert.')}": value for key, value in state.items()}
     state = rename_albef(state, text_layers=len(encoders.text.layers))
     state = pair_layers({key.removeprefix("encoders."): value for key, value in state.items()}, encoders)
@@ -1396,10 +1249,8 @@ def load_bert(encoders: Encoders, state: dict) -> list[str]:
 def load_start(model, state: dict) -> tuple[list[str], list[str]]:
     """Start the model of any task from a checkpoint of ours or of ALBEF, of that task or another; queues start anew.
 
-    The twin comes from the checkpoint; what that lacks of it is a copy of the student made afterwards. An answer decoder
-    starts from the fusion layers where there is none, paired fusion layers from single ones.
-    Returns the names that kept fresh values, and those of the checkpoint that the model has no use for. All that every
-    task has must fit: else ValueError.
+    The twin comes from the checkpoint; what that lacks of it is a copy of the student made afterwards. Returns the
+    names that kept fresh values, and those that the model has no use for. ValueError where a common part does not fit.
     """
     if not any(key.startswith("encoders.") for key in state):
         state = rename_albef(state, text_layers=len(model.encoders.text.layers))
@@ -1407,24 +1258,22 @@ def load_start(model, state: dict) -> tuple[list[str], list[str]]:
     parts = {task_part(key) for key in own}
     if head in own and head in state and own[head].shape != state[head].shape:  # of another task, with other classes
         parts.remove("encoders.cls_head")
-    has_twin = hasattr(model, "encoders_m")
-    used = {
-        key: value for key, value in state.items()
-        if "queue" not in key and task_part(key) in parts and (has_twin or not key.startswith("encoders_m."))
-    }  # fmt: skip
-    given = {task_part(key) for key in used}
-    absent = tuple(f"^{re.escape(part)}" for part in TASK_PARTS if part not in given)  # whole parts, not pieces of them
-    missing = load_weights(model, used, ("queue", "^encoders_m", *absent))
-    missing = [key for key in missing if "queue" not in key]
-    if hasattr(model.encoders, "decoder") and "encoders.decoder.mlm_head.bias" in missing:
+    unused = re.compile("queue" if hasattr(model, "encoders_m") else "queue|^encoders_m")
+    used = {key: value for key, value in state.items() if task_part(key) in parts and not unused.search(key)}
+    absent = set(TASK_PARTS) - {task_part(key) for key in used}  # whole parts, not pieces of them
+    missing = load_weights(model, used, ("queue", "^encoders_m", *(f"^{re.escape(part)}" for part in absent)))
+    no_decoder = "encoders.decoder.mlm_head.bias" in missing
+    if no_decoder:
         start_decoder(model.encoders)
         missing = [key for key in missing if not key.startswith("encoders.decoder.")]
-    student = model.encoders.state_dict()
-    twin = {key.removeprefix("encoders_m.") for key in missing if key.startswith("encoders_m.")}
+    twin = [key.removeprefix("encoders_m.") for key in missing if key.startswith("encoders_m.")]
     if twin:
+        student = model.encoders.state_dict()
         model.encoders_m.load_state_dict({name: student[name] for name in twin}, strict=False)
-    left = [key for key in state if key not in used and "queue" not in key]
-    return [key for key in missing if not key.startswith("encoders_m.")], left
+    if no_decoder:
+        start_decoder(model.encoders_m)  # the twin's own from its own layers
+    fresh = [key for key in missing if "queue" not in key and not key.startswith("encoders_m.")]
+    return fresh, [key for key in state if key not in used and "queue" not in key]
 
 
 # A trained model on your own image and sentence
@@ -1434,92 +1283,75 @@ class Pretrained:
     """A trained model that takes PIL images and strings. Made by from_pretrained."""
 
     def __init__(self, model: PretrainModel, tokenizer, max_tokens: int, max_words: int):
-        self.model = model.eval()
-        self.tokenizer = tokenizer
-        self.max_tokens = max_tokens
-        self.max_words = max_words
+        self.model, self.encoders = model.eval(), model.encoders
+        self.tokenizer, self.max_tokens, self.max_words = tokenizer, max_tokens, max_words
 
-    def inputs(self, image=None, text=None):
-        device = self.model.temp.device
-        if image is not None:
-            vision = self.model.encoders.vision
-            image = TF.to_dtype(TF.to_image(square(image.convert("RGB"), vision.grid * vision.patch_size)), scale=True)
-            image = normalize(image[None].to(device))
-        if text is not None:
-            text = tokenize(self.tokenizer, [clean_caption(text, self.max_words)], self.max_tokens)
-            text = {key: text[key].to(device) for key in ("input_ids", "attention_mask", "word_ids")}
-        return image, text
+    @torch.no_grad()
+    def image_embeds(self, image):
+        """image_embeds (1, 1 + N, D) of a PIL image."""
+        vision = self.encoders.vision
+        pixels = TF.to_dtype(TF.to_image(square(image.convert("RGB"), vision.grid * vision.patch_size)), scale=True)
+        return self.encoders.encode_image(normalize(pixels[None].to(self.model.temp.device)))
+
+    @torch.no_grad()
+    def text_embeds(self, text):
+        """text_embeds (1, L, D) of a string, their attention mask, and what tokenize makes of it."""
+        tokens = tokenize(self.tokenizer, [clean_caption(text, self.max_words)], self.max_tokens)
+        input_ids, mask = (tokens[name].to(self.model.temp.device) for name in ("input_ids", "attention_mask"))
+        return self.encoders.encode_text(input_ids, mask), mask, tokens
 
     @torch.no_grad()
     def encode_image(self, image):
         """The image's feature (P,), float32, of length 1: its dot product with a text's is their similarity."""
-        return self.model.encoders.image_feat(self.model.encoders.encode_image(self.inputs(image=image)[0]))[0]
+        return self.encoders.image_feat(self.image_embeds(image))[0]
 
     @torch.no_grad()
     def encode_text(self, text: str):
         """The text's feature (P,), float32, of length 1."""
-        text = self.inputs(text=text)[1]
-        encoders = self.model.encoders
-        return encoders.text_feat(encoders.encode_text(text["input_ids"], text["attention_mask"]))[0]
+        return self.encoders.text_feat(self.text_embeds(text)[0])[0]
 
     def match_pass(self, image, text, attention_layer=None):
-        encoders = self.model.encoders
-        with torch.no_grad():
-            image_embeds = encoders.encode_image(image)
-            text_embeds = encoders.encode_text(text["input_ids"], text["attention_mask"])
-        keys_values = encoders.image_keys_values(image_embeds.requires_grad_())  # so that a frozen model has a graph too
-        fused, attention = encoders.fuse(
-            text_embeds, text["attention_mask"], keys_values, attention_layer=attention_layer
-        )
-        return self.model.itm_head(fused[:, 0]).float(), attention
+        text_embeds, mask, tokens = self.text_embeds(text)
+        image_embeds = self.image_embeds(image).requires_grad_()  # so that a frozen model has a graph too
+        keys_values = self.encoders.image_keys_values(image_embeds)
+        fused, attention = self.encoders.fuse(text_embeds, mask, keys_values, attention_layer=attention_layer)
+        return self.model.itm_head(fused[:, 0]).float(), attention, tokens
 
     @torch.no_grad()
     def match(self, image, text: str):
         """Does the text describe the image: probability in [0, 1], and the "match" logit that rankings use. [ALBEF]"""
-        logits, _ = self.match_pass(*self.inputs(image, text))
+        logits, _, _ = self.match_pass(image, text)
         return logits.softmax(-1)[0, 1].item(), logits[0, 1].item()
 
     def word_attention(self, image, text: str, attention_layer: int | None = None):
-        """For each word of the text the Grad-CAM G over the image: the words, and (words, h, w) float32, pieces averaged.
-
-        attention_layer: fusion layer, from 0; None: the one of pre-training.
-        """
+        """The text's words, and of each G over the image, (words, h, w) float32; attention_layer None: the model's."""
         layer = self.model.attention_layer if attention_layer is None else attention_layer
-        check_attention_layer(layer, len(self.model.encoders.fusion.layers))
-        image, tokens = self.inputs(image, text)
+        check_attention_layer(layer, len(self.encoders.fusion.layers))
         with torch.enable_grad():
-            logits, attention = self.match_pass(image, tokens, layer)
+            logits, attention, tokens = self.match_pass(image, text, layer)
             cam = word_attention(attention, logits[:, 1])[0]  # (L, N)
-        word_ids = tokens["word_ids"][0]
         pieces = self.tokenizer.convert_ids_to_tokens(tokens["input_ids"][0].tolist())
-        words, maps = [], []
+        word_ids, words, maps = tokens["word_ids"][0], [], []
         for word in range(int(word_ids.max()) + 1):
             index = (word_ids == word).nonzero().flatten()
             words.append("".join(pieces[i].removeprefix("##") for i in index.tolist()))
-            maps.append(cam[index].mean(0))
-        grid = self.model.encoders.vision.grid
+            maps.append(cam[index].mean(0))  # over the pieces of the word
+        grid = self.encoders.vision.grid
         return words, torch.stack(maps).unflatten(1, (grid, grid)) if maps else cam.new_zeros(0, grid, grid)
 
 
 def checkpoint_path(path) -> str:
     """A checkpoint file: path itself, or in the folder path best.pt, else checkpoint.pt. FileNotFoundError if none."""
-    if os.path.isfile(path):
-        return str(path)
-    for name in ("best.pt", "checkpoint.pt"):
-        if os.path.isfile(os.path.join(path, name)):
-            return os.path.join(path, name)
+    for file in (str(path), os.path.join(path, "best.pt"), os.path.join(path, "checkpoint.pt")):
+        if os.path.isfile(file):
+            return file
     raise FileNotFoundError(f"{path}: no such file, and no folder with best.pt or checkpoint.pt")
 
 
 def read_checkpoint(path) -> dict:
     """A checkpoint that train.py wrote, a plain dict; ValueError where the file at path is none."""
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:
-        raise ValueError(f"{path} is no checkpoint that can be read safely ({type(error).__name__})") from None
-    if not isinstance(checkpoint, dict) or not {"model", "config", "vocab", "step", "task"} <= checkpoint.keys():
+    checkpoint = read_dict(path)
+    if not {"model", "config", "vocab", "step", "task"} <= checkpoint.keys():
         raise ValueError(f"{path} was not written by train.py: it lacks model, config, vocab, step or task")
     return checkpoint
 
@@ -1533,10 +1365,7 @@ def read_vocabulary(path) -> list[str] | None:
 
 
 def load_trained(path, device: str = "cpu"):
-    """The model, the tokenizer and the dict of a checkpoint that train.py wrote, of any task; its queues stay empty.
-
-    ValueError where the file is none, or was written by another version.
-    """
+    """The model of any task, its queues empty, the tokenizer, and all of train.py's checkpoint; else ValueError."""
     checkpoint = read_checkpoint(checkpoint_path(path))
     task, config, vocab = checkpoint["task"], checkpoint["config"], checkpoint["vocab"]
     try:
@@ -1553,5 +1382,6 @@ def from_pretrained(path, device: str = "cpu") -> Pretrained:
     model, tokenizer, checkpoint = load_trained(path, device)
     task, config = checkpoint["task"], checkpoint["config"]
     if not isinstance(model, PretrainModel):
-        raise ValueError(f"{path} is a model for {task}, without a match score; take one of pretrain, retrieval or grounding")
+        hint = "take one of pretrain, retrieval or grounding"
+        raise ValueError(f"{path} is a model for {task}, without a match score; {hint}")
     return Pretrained(model, tokenizer, config[task]["max_tokens"], config["data"]["max_words"])

@@ -213,7 +213,8 @@ class Run:
         found = os.path.isfile(self.checkpoint_file)
         if found:
             self.load(model, optimizer, softmask.read_checkpoint(self.checkpoint_file))
-        steps = softmask.gather(torch.tensor([self.step], device=model.temp.device)).tolist()
+        device = evaluation.resolve_device(self.config)
+        steps = softmask.gather(torch.tensor([self.step], device=device)).tolist()
         if len(set(steps)) > 1:
             raise data.InputError(
                 f"the processes find checkpoints of steps {steps} in {self.out}; give --out a folder that all "
@@ -419,8 +420,13 @@ def load_initial_weights(model, config, task_name, vocab):
             fresh, left = softmask.load_start(model, state)
         if softmask.read_vocabulary(path) not in (None, vocab):
             raise data.InputError(f"{path} was trained with another vocabulary; give data.tokenizer the same")
+
+        def part(key):  # one name for all parameters of a part
+            no_twin = key.startswith("encoders_m.") and not hasattr(model, "encoders_m")
+            return "encoders_m" if no_twin else softmask.task_part(key) or key
+
         say(f"starts from {path}" + "".join(
-            f"; {what}: {', '.join(sorted({softmask.task_part(key) or key for key in keys}))}"
+            f"; {what}: {', '.join(sorted({part(key) for key in keys}))}"
             for what, keys in (("fresh", fresh), ("left over", left)) if keys))  # fmt: skip
         return
     encoders, vision, text = model.encoders, config.model.vision_weights, config.model.text_weights
@@ -478,6 +484,8 @@ def run_task(task_name, config, settings, out):
     if task_name == "pretrain":
         return run.step, evaluation.evaluate_pretrained(model, tokenizer, config, out)
     if run.best:
+        if world > 1:
+            dist.barrier()  # process 0 may still be writing it
         softmask.load_weights(model, softmask.read_checkpoint(run.best_file)["model"])
     metrics = {"val": run.best["metrics"], "best_epoch": run.best["epoch"]} if run.best else {"val": evaluate("val", model)}
     return run.step, metrics | {"test": evaluate("test", model)}

@@ -1,4 +1,4 @@
-"""Run train.py and eval.py as commands, in processes that have torch and transformers imported already.
+"""Run train.py and eval.py as commands, in processes that have torch and transformers imported already; look at runs.
 
 The processes are forked off a server that imports train.py once: the real command line, less seconds of imports each.
 """
@@ -25,7 +25,24 @@ TINY = [
     "pretrain.epochs=1", "pretrain.warmup_steps=2", "eval={batch_size: 5, top_k: 4, answers_top_k: 4, pictures: 2}",
     "model={image_size: 32, patch_size: 8, vision_width: 32, vision_layers: 2, vision_heads: 2, text_width: 32, "
     "text_layers: 1, fusion_layers: 3, text_heads: 2, max_positions: 40, embed_dim: 16}",
-]  # 12 steps
+    *(f"{task}={{batch_size: 16, epochs: 2, lr: 2.0e-3, warmup_steps: 2}}" for task in data.TASKS[1:]),
+]  # 12 steps of every task, of fine-tuning in two epochs
+NO_EVALUATION = "data.retrieval_sets.scenes.test=none.json"  # where pre-training alone is looked at
+TIMES = ("pairs_per_second", "seconds")
+# what train.py and softmask.load_tokenizer import
+PRELOADED = ["train", "transformers.models.auto.tokenization_auto", "transformers.models.bert.tokenization_bert"]
+SPY = """
+import sys, time, torch, train
+save = train.Run.save
+def spy(run, model, optimizer):
+    time.sleep(0.3 if optimizer is None and train.evaluation.rank() == 0 else 0)
+    grads = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    torch.save({"model": model.state_dict(), "grads": grads}, f"{run.out}/{train.evaluation.rank()}-{run.step}.pt")
+    save(run, model, optimizer)
+train.Run.save = spy
+sys.exit(train.main(sys.argv[1:]))
+"""
+"""A train.py that saves state and gradients with each checkpoint, by each process: RANK-STEP.pt. Slow at best.pt."""
 
 
 def scenes_folder():
@@ -51,8 +68,9 @@ class Result:
 class Command:
     """A program at work in one process, or in several with gloo between them, as torchrun would start it."""
 
-    def __init__(self, folder, program, *arguments, processes=1):
-        """folder: where its output is kept; program: path of a Python file, below the checkout or absolute."""
+    def __init__(self, folder, program, *arguments, processes=1, cwd=data.HERE):
+        """folder: where its output is kept; program: path of a Python file, below the checkout or absolute; cwd: where
+        it runs."""
         self.outputs = [os.path.join(folder, f"output{time.monotonic_ns()}-{rank}") for rank in range(processes)]
         environments = [{}]
         if processes > 1:
@@ -62,10 +80,10 @@ class Command:
             environments = [shared | {"RANK": rank, "LOCAL_RANK": rank} for rank in range(processes)]
         program, context = os.path.join(data.HERE, program), multiprocessing.get_context("forkserver")
         with python_path():
-            multiprocessing.set_forkserver_preload(["train"])
+            multiprocessing.set_forkserver_preload(PRELOADED)
             multiprocessing.forkserver.ensure_running()
         self.processes = [
-            context.Process(target=run_program, args=(program, list(map(str, arguments)), environment, output))
+            context.Process(target=run_program, args=(program, list(map(str, arguments)), environment, output, cwd))
             for environment, output in zip(environments, self.outputs)
         ]
         for process in self.processes:
@@ -82,7 +100,8 @@ class Command:
 
     def result(self):
         status = [process.exitcode for process in self.processes]
-        out, err = ("".join(pathlib.Path(path + kind).read_text() for path in self.outputs) for kind in (".out", ".err"))
+        files = [[pathlib.Path(path + kind) for path in self.outputs] for kind in (".out", ".err")]
+        out, err = ("".join(file.read_text() for file in kind) for kind in files)
         return Result(status if len(status) > 1 else status[0], out, err)
 
     def kill(self):
@@ -115,21 +134,29 @@ def python_path():
             os.environ["PYTHONPATH"] = before
 
 
-def run_program(program, arguments, environment, output):
+def run_program(program, arguments, environment, output, cwd):
     """In the new process: what `python program arguments` does."""
     for descriptor, kind in ((1, ".out"), (2, ".err")):
         os.dup2(os.open(output + kind, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
     os.environ.update({name: str(value) for name, value in environment.items()})
-    os.chdir(data.HERE)
+    os.chdir(cwd)
     multiprocessing.set_start_method("fork", force=True)  # for loader workers, as in a process of one's own
     torch.set_num_threads(1)
     sys.argv = [program, *arguments]
     runpy.run_path(program, run_name="__main__")
 
 
-def run(folder, program, *arguments, processes=1, timeout=120):
+def run(folder, program, *arguments, processes=1, timeout=120, cwd=data.HERE):
     """Run a program to its end."""
-    return Command(folder, program, *arguments, processes=processes).wait(timeout)
+    return Command(folder, program, *arguments, processes=processes, cwd=cwd).wait(timeout)
+
+
+def kill_at_lines(out, arguments, lines, processes=1, cwd=data.HERE):
+    """Run the same train.py again and again, killed as soon as the log has so many lines, and at last to its end."""
+    for count in lines:
+        command = Command(out, "train.py", "--out", out, *arguments, processes=processes, cwd=cwd)
+        command.kill_when(lambda: len(read_log(out)) >= count)
+    return run(out, "train.py", "--out", out, *arguments, processes=processes, cwd=cwd)
 
 
 def read_log(out):
@@ -139,3 +166,47 @@ def read_log(out):
         return []
     with open(path) as file:
         return [json.loads(line) for line in file if line.endswith("\n")]
+
+
+def log_without_times(out):
+    return [{name: value for name, value in line.items() if name not in TIMES} for line in read_log(out)]
+
+
+def load(out, name="checkpoint.pt"):
+    return torch.load(os.path.join(out, name), weights_only=True)
+
+
+def tensors(tree, prefix=""):
+    """{path: tensor} of nested dicts and lists, what is no tensor as it is."""
+    if isinstance(tree, (dict, list)):
+        items = tree.items() if isinstance(tree, dict) else enumerate(tree)
+        return {name: value for key, item in items for name, value in tensors(item, f"{prefix}/{key}").items()}
+    return {prefix: tree}
+
+
+def assert_same(one, two):
+    """Two nested dicts and lists hold the same, tensors to the bit."""
+    one, two = tensors(one), tensors(two)
+    assert one.keys() == two.keys()
+    for name, value in one.items():
+        assert torch.equal(value, two[name]) if isinstance(value, torch.Tensor) else value == two[name], name
+
+
+def assert_same_run(out, other):
+    """Weights, twin, queues, optimizer, best epoch and log are the same to the bit."""
+    one, two = load(out), load(other)
+    assert one["step"] == two["step"] == one["total_steps"]
+    for part in ("model", "optimizer", "seen", "bad_images", "best"):
+        assert_same({part: one[part]}, {part: two[part]})
+    if one["best"]:
+        best = [load(folder, "best.pt") for folder in (out, other)]
+        assert_same(*({part: file[part] for part in ("model", "best", "step")} for file in best))
+    assert log_without_times(out) == log_without_times(other)
+    assert [line["step"] for line in read_log(out)] == list(range(1, one["step"] + 1))
+
+
+def assert_close(one, two, names, tolerance=1e-5):
+    """max|a - b| <= tolerance max|b| for every name."""
+    for name in names:
+        a, b = one[name].double(), two[name].double()
+        assert (a - b).abs().max() <= tolerance * b.abs().max().clamp_min(1e-30), f"{name}: {(a - b).abs().max()}"

@@ -1,4 +1,4 @@
-"""What the tests of train.py and of eval.py share: one small run on the scenes."""
+"""What tests of several files share: one small run on the scenes, and files of the paper's scale."""
 import os
 import subprocess
 import sys
@@ -9,6 +9,7 @@ import torch
 
 import commands
 import data
+import paper
 
 torch.set_num_threads(1)  # the tensors of the tests are small: threads would only wait for each other
 
@@ -24,3 +25,12 @@ def trained(tmp_path_factory):
     result = subprocess.run(command, cwd=data.HERE, env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     return types.SimpleNamespace(out=out, arguments=arguments, stdout=result.stdout, stderr=result.stderr)
+
+
+@pytest.fixture(scope="session")
+def paper_files(tmp_path_factory):
+    """Generated files of scale paper: settings that name them, and albef, weights in the layout of ALBEF.pth."""
+    folder = tmp_path_factory.mktemp("paper")
+    settings, albef = paper.write_files(folder), str(folder / "ALBEF.pth")
+    torch.save({"model": paper.albef_state()}, albef)
+    return types.SimpleNamespace(folder=folder, settings=settings, albef=albef)

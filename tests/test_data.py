@@ -167,7 +167,7 @@ def test_overrides():
     ("data.vqa.train=a.json", "data.vqa.train: wanted list, got 'a.json'"),
     ("data.grounding.ref=x", "data.grounding.ref is no setting; the nearest is data.grounding.refs"),
     ("eval.answers_top_k=0", "eval.answers_top_k: 0 is out of range"),
-    ("method.attention_layer=2", r"method.attention_layer \(2\) must be below model.fusion_layers - 1 \(1\)"),
+    ("method.attention_layer=2", r"method.attention_layer \(2\) must be below model.fusion_layers - 1 \(2\)"),
     ("model.fusion_layers=1", r"method.attention_layer \(0\)"),
     ("data.retrieval=coco", r"data.retrieval: 'coco' is none of data.retrieval_sets \(scenes\)"),
 ])

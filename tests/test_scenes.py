@@ -99,7 +99,7 @@ def test_captions_are_true_and_name_one_object_each(rendered):
 
 def test_retrieval_files(rendered):
     _, folder = rendered
-    pairs = [(row["image"], text) for row in load(folder, "pretrain.json") for text in row["caption"]]
+    pairs = [(row["image"], row["caption"]) for row in load(folder, "pretrain.json")]
     train = load(folder, "retrieval_train.json")
     assert pairs == [(row["image"], row["caption"]) for row in train]
     assert len({row["image_id"] for row in train}) == COUNTS["train"]
@@ -239,7 +239,7 @@ def test_vocabulary(rendered):
     assert lines[:5] == ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"] and lines.pop() == ""
     assert len(set(lines)) == len(lines) and "" not in lines
     vocabulary = set(lines)
-    texts = [row["caption"] for row in load(folder, "retrieval_train.json")]
+    texts = [text for row in load(folder, "pretrain.json") for text in row["caption"]]
     texts += [row["foil"] for row in load(folder, "foils_test.json")] + load(folder, "answer_list.json")
     for task, key in (("vqa", "question"), ("nlvr2", "sentence"), ("entailment", "sentence"), ("grounding", "text")):
         texts += [row[key] for split in COUNTS for row in load(folder, f"{task}_{split}.json")]
@@ -252,13 +252,13 @@ def test_vocabulary(rendered):
 
 
 # What the version of the draws settles: scenes, captions, boxes and foils, as they were before there were tasks.
-DRAWN = {"plain": "4ea691fa4bedd850", "rich": "50b2a569ab551307"}
+DRAWN = {"plain": "dc917b6aa3f81eea", "rich": "f724de9e6fa06637"}
 
 
 def test_draws_are_unchanged(rendered):
     level, folder = rendered
-    names = ["pretrain", *(f"{kind}_{split}" for kind in ("scenes", "retrieval") for split in COUNTS),
-             *(f"{kind}_{split}" for kind in ("boxes", "foils") for split in ("val", "test"))]
+    names = ["pretrain", *(f"scenes_{split}" for split in COUNTS),
+             *(f"{kind}_{split}" for kind in ("boxes", "foils", "retrieval") for split in ("val", "test"))]
     content = b"".join((folder / name).read_bytes() for name in sorted(f"{name}.json" for name in names))
     assert hashlib.sha256(content).hexdigest()[:16] == DRAWN[level]
 
@@ -318,7 +318,7 @@ def test_vqa(rendered):
     level, folder = rendered
     ids, answers = [], set()
     for split, scenes, rows in task_rows(folder, "vqa"):
-        wanted = (2 if split == "train" else 3) * COUNTS[split]
+        wanted = (1 if split == "train" else 3) * COUNTS[split]
         assert wanted - (level == "rich") * wanted // 100 <= len(rows) <= wanted
         assert len({(row["image"], row["question"]) for row in rows}) == len(rows)
         kinds = collections.defaultdict(collections.Counter)
@@ -347,6 +347,8 @@ def judged(sentence, left, right):
     if match := re.fullmatch(rf"(?:an? {THE} is in both images or none|exactly one image has an? {THE})", sentence):
         both = bool(candidates(match[1] or match[2], left)) == bool(candidates(match[1] or match[2], right))
         return both == bool(match[1])
+    if match := re.fullmatch(f"both images have an? {THE}", sentence):
+        return all(candidates(match[1], scene) for scene in (left, right))
     match = re.fullmatch(f"the (.*) has (?:the (same)|a different) ([a-z]+) in (?:both images|each image)", sentence)
     assert match, sentence
     things = [candidates(match[1], scene) for scene in (left, right)]
@@ -365,10 +367,12 @@ def test_nlvr2_is_decided_by_both_images_together(rendered):
             assert label or row["label"] in (False, "False")
             left, right = row["images"]
             assert left != right and label == judged(row["sentence"], scenes[left], scenes[right]), row
-            for given in (("", row["sentence"]), ("left", left, row["sentence"]), ("right", right, row["sentence"])):
+            alone = [("left", left, row["sentence"]), ("right", right, row["sentence"])]
+            for given in [("", row["sentence"])] + alone * (row["kind"] != "both"):
                 balance[given] += 1 if label else -1
         assert not any(balance.values())
         kinds = collections.Counter(row["kind"] for row in rows)
+        assert abs(2 * kinds.pop("both") - len(rows)) <= 4
         assert set(kinds) == {"color", "shape", "size", "same"} | ({"texture"} if level == "rich" else set())
         assert max(kinds.values()) - min(kinds.values()) <= 4
         assert len({image for row in rows for image in row["images"]}) > 0.9 * COUNTS[split]
@@ -382,7 +386,7 @@ def test_entailment(rendered):
              rf"(?P<claim>.*) is {UNDECIDED}": ("neutral", "contradiction"),
              r"(?P<claim>.*)": ("entailment", "contradiction")}
     for split, scenes, rows in task_rows(folder, "entailment"):
-        assert len(rows) == (2 if split == "train" else 3) * COUNTS[split]
+        assert len(rows) == (1 if split == "train" else 3) * COUNTS[split]
         told = collections.Counter()
         for row in rows:
             match, labels = next((match, labels) for form, labels in forms.items()
@@ -414,7 +418,7 @@ def test_grounding(rendered):
     assert len(refs) == len(annotations) == len(instances["annotations"])
     seen, related = set(), collections.Counter()
     for split, scenes, rows in task_rows(folder, "grounding"):
-        assert len(rows) == sum(len(scene["objects"]) for scene in scenes.values())
+        assert len(rows) == sum(1 if split == "train" else len(scene["objects"]) for scene in scenes.values())
         for row in rows:
             ref, scene = refs[row["ref_id"]], scenes[row["image"]]
             image, annotation = images[ref["image_id"]], annotations[ref["ann_id"]]

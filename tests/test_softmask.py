@@ -1748,3 +1748,26 @@ def test_checkpoints_that_cannot_be_read(tmp_path):
     write_checkpoint(tmp_path / "other.pt", make_model(seed=1))  # the vocabulary is shorter than the embedding
     with pytest.raises(ValueError, match=r"text.embeddings.word.weight has shape \(30, 24\)"):
         softmask.from_pretrained(tmp_path / "other.pt")
+
+
+def test_paired_layers_share_keys_and_values_in_student_and_twin():
+    model = softmask.ClassifierModel(softmask.Encoders(**SIZES, images_per_text=2), 2, momentum=0.9)
+    for encoders in (model.encoders, model.encoders_m):
+        layers = [layer.cross_attention for layer in encoders.fusion.layers]
+        for first, second in zip(layers[::2], layers[1::2]):
+            assert first.key is second.key and first.value is second.value and first.query is not second.query
+        assert len({id(layer.key) for layer in layers}) == len(layers) // 2
+
+
+def test_vqa_loss_reaches_every_part():
+    model = softmask.VqaModel(make_encoders(dropout=0.0), 2, momentum=0.9)
+    batch, answers = make_batch(), torch.tensor([[CLS, 7, 3], [CLS, 9, 3], [CLS, 8, 3]])
+    question = batch["image"], batch["input_ids"], batch["attention_mask"]
+    rest = answers, torch.ones_like(answers), torch.tensor([0, 2, 3]), torch.tensor([1.0, 0.5, 0.5])
+    with torch.enable_grad():
+        losses, _ = model(*question, *rest, 0.4)
+        losses["vqa"].backward()
+    for part in ("vision", "text", "fusion", "decoder"):
+        gradients = [p.grad for p in getattr(model.encoders, part).parameters() if p.grad is not None]
+        assert gradients and max(gradient.abs().max() for gradient in gradients) > 0, part
+    assert all(p.grad is None for name in model.unused for p in getattr(model.encoders, name).parameters())

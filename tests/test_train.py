@@ -5,7 +5,6 @@ import os
 import pathlib
 import random
 import re
-import resource
 import signal
 import subprocess
 import sys
@@ -17,50 +16,15 @@ from PIL import Image
 
 import commands
 import data
+import paper
 import softmask
 import train
-from commands import TINY, Command, read_log, run
+from commands import (
+    NO_EVALUATION, SPY, TIMES, TINY, Command, assert_close, assert_same_run, kill_at_lines, load, log_without_times,
+    read_log, run,
+)  # fmt: skip
 
-TIMES = ("pairs_per_second", "seconds")
-NO_EVALUATION = "data.retrieval_sets.scenes.test=none.json"  # where the training alone is looked at
 PAIR = ["pretrain.batch_size=4", "model.dropout=0.0", NO_EVALUATION]  # 12 steps of two processes with 4 pairs
-
-
-def load(out):
-    return torch.load(os.path.join(out, "checkpoint.pt"), weights_only=True)
-
-
-def log_without_times(out):
-    return [{name: value for name, value in line.items() if name not in TIMES} for line in read_log(out)]
-
-
-def tensors(tree, prefix=""):
-    """{path: tensor} of nested dicts and lists, what is no tensor as it is."""
-    if isinstance(tree, (dict, list)):
-        items = tree.items() if isinstance(tree, dict) else enumerate(tree)
-        return {name: value for key, item in items for name, value in tensors(item, f"{prefix}/{key}").items()}
-    return {prefix: tree}
-
-
-def assert_same_run(out, other):
-    """Weights, twin, queues, optimizer and log are the same to the bit."""
-    one, two = load(out), load(other)
-    assert one["step"] == two["step"] == one["total_steps"]
-    for part in ("model", "optimizer", "seen", "bad_images"):
-        one_part, two_part = tensors(one[part]), tensors(two[part])
-        assert one_part.keys() == two_part.keys()
-        for name, value in one_part.items():
-            same = torch.equal(value, two_part[name]) if isinstance(value, torch.Tensor) else value == two_part[name]
-            assert same, f"{part}{name}"
-    assert log_without_times(out) == log_without_times(other)
-    assert [line["step"] for line in read_log(out)] == list(range(1, one["step"] + 1))
-
-
-def assert_close(one, two, names, tolerance=1e-5):
-    """max|a - b| <= tolerance max|b| for every name."""
-    for name in names:
-        a, b = one[name].double(), two[name].double()
-        assert (a - b).abs().max() <= tolerance * b.abs().max().clamp_min(1e-30), f"{name}: {(a - b).abs().max()}"
 
 
 # Schedule and parameter groups
@@ -156,17 +120,7 @@ def spied(tmp_path_factory):
     """States and gradients after each of 3 steps, of every process: by two processes, and by two micro-batches."""
     folder = tmp_path_factory.mktemp("spied")
     spy = folder / "spy.py"
-    spy.write_text(
-        "import sys, torch, train\n"
-        "save = train.Run.save\n"
-        "def spy(run, model, optimizer):\n"
-        "    grads = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}\n"
-        "    file = f'{run.out}/{train.evaluation.rank()}-{run.step}.pt'\n"
-        "    torch.save({'model': model.state_dict(), 'grads': grads}, file)\n"
-        "    save(run, model, optimizer)\n"
-        "train.Run.save = spy\n"
-        "sys.exit(train.main(sys.argv[1:]))\n"
-    )
+    spy.write_text(SPY)
     arguments = [*TINY, *PAIR, "checkpoint_every_steps=1", "method.queue_size=20", "data.scenes.train=30"]
     outs = folder / "two", folder / "one"
     for out, processes, accumulation in zip(outs, (2, 1), (1, 2)):
@@ -216,14 +170,6 @@ def uninterrupted(tmp_path_factory):
     out = tmp_path_factory.mktemp("uninterrupted")
     assert run(out, "train.py", "--out", out, *TINY, NO_EVALUATION, "model.dropout=0.1").status == 0
     return out
-
-
-def kill_at_lines(out, arguments, lines, processes=1):
-    """Run the same command again and again, killed as soon as the log has so many lines, and at last to its end."""
-    for count in lines:
-        command = Command(out, "train.py", "--out", out, *arguments, processes=processes)
-        command.kill_when(lambda: len(read_log(out)) >= count)
-    return run(out, "train.py", "--out", out, *arguments, processes=processes)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -494,110 +440,18 @@ def test_check_counts_and_names_what_is_missing(own_files, tmp_path):
 # The paper's scale
 
 
-def normal(*shape):
-    return torch.empty(shape).normal_(std=0.02)
-
-
-def affine(name, out_features, in_features=None):
-    """Weight and bias; without in_features those of a norm."""
-    weight = torch.ones(out_features) if in_features is None else normal(out_features, in_features)
-    return {f"{name}.weight": weight, f"{name}.bias": torch.zeros(out_features)}
-
-
-def deit_state(patches):
-    """Names and shapes of DeiT-B/16 (and of ALBEF's visual encoder)."""
-    state = {"cls_token": normal(1, 1, 768), "pos_embed": normal(1, 1 + patches, 768)}
-    state |= {"patch_embed.proj.weight": normal(768, 3, 16, 16), "patch_embed.proj.bias": torch.zeros(768)}
-    for i in range(12):
-        block = f"blocks.{i}."
-        state |= affine(block + "norm1", 768) | affine(block + "norm2", 768)
-        state |= affine(block + "attn.qkv", 2304, 768) | affine(block + "attn.proj", 768, 768)
-        state |= affine(block + "mlp.fc1", 3072, 768) | affine(block + "mlp.fc2", 768, 3072)
-    return state | affine("norm", 768)
-
-
-def bert_state(cross_from=12):
-    """Names and shapes of bert-base-uncased with its MLM head, and with cross-attention from a layer on."""
-    state = {f"bert.embeddings.{name}_embeddings.weight": normal(rows, 768)
-             for name, rows in (("word", 30522), ("position", 512), ("token_type", 2))}  # fmt: skip
-    state |= affine("bert.embeddings.LayerNorm", 768)
-    for i in range(12):
-        layer = f"bert.encoder.layer.{i}."
-        for attention in ("attention", "crossattention")[: 1 + (i >= cross_from)]:
-            for part in ("self.query", "self.key", "self.value", "output.dense"):
-                state |= affine(f"{layer}{attention}.{part}", 768, 768)
-            state |= affine(f"{layer}{attention}.output.LayerNorm", 768)
-        state |= affine(layer + "intermediate.dense", 3072, 768) | affine(layer + "output.dense", 768, 3072)
-        state |= affine(layer + "output.LayerNorm", 768)
-    state |= affine("cls.predictions.transform.dense", 768, 768) | affine("cls.predictions.transform.LayerNorm", 768)
-    return state | {"cls.predictions.bias": torch.zeros(30522)}
-
-
-def albef_state():
-    """Names and shapes of ALBEF.pth: the model, its momentum twin, queues."""
-    bert = bert_state(cross_from=6)
-    bert |= {"cls.predictions.decoder.weight": bert["bert.embeddings.word_embeddings.weight"],
-             "cls.predictions.decoder.bias": torch.zeros(30522),
-             "bert.embeddings.position_ids": torch.arange(512)[None]}  # fmt: skip
-    state = {"temp": torch.tensor(0.07), "image_queue": normal(256, 65536), "text_queue": normal(256, 65536),
-             "queue_ptr": torch.zeros(1, dtype=torch.int64)} | affine("itm_head", 2, 768)  # fmt: skip
-    for twin in ("", "_m"):
-        state |= {f"visual_encoder{twin}.{name}": value for name, value in deit_state(256).items()}
-        state |= {f"text_encoder{twin}.{name}": value for name, value in bert.items()}
-        state |= affine(f"vision_proj{twin}", 256, 768) | affine(f"text_proj{twin}", 256, 768)
-    return state
-
-
-@pytest.fixture(scope="module")
-def paper_files(tmp_path_factory):
-    """Settings of scale paper on generated files: four images, a vocabulary of BERT's size, DeiT's and BERT's weights."""
-    from safetensors.torch import save_file
-
-    folder = tmp_path_factory.mktemp("paper")
-    captions = ["A man rides a horse.", ["Two dogs on a red sofa", "dogs"], "an old street, at night", ["sea / sky"]]
-    for number, size in enumerate([(64, 48), (40, 70), (30, 30), (300, 200)]):
-        Image.effect_noise(size, 80).convert("RGB").save(folder / f"{number}.jpg")
-    rows = [{"image": f"{number}.jpg", "caption": caption} for number, caption in enumerate(captions)]
-    (folder / "pretrain.json").write_text(json.dumps(rows))
-    texts = [[caption] if isinstance(caption, str) else caption for caption in captions]
-    eval_rows = [row | {"caption": row_texts} for row, row_texts in zip(rows, texts)]
-    (folder / "test.json").write_text(json.dumps(eval_rows))
-    words = sorted(set(softmask.clean_caption(" ".join(sum(texts, [])), 100).split()))
-    vocabulary = [f"[unused{number}]" for number in range(30522)]
-    for position, entry in {0: "[PAD]", 100: "[UNK]", 101: "[CLS]", 102: "[SEP]", 103: "[MASK]"}.items():
-        vocabulary[position] = entry
-    vocabulary[2000 : 2000 + len(words)] = words
-    (folder / "vocab.txt").write_text("\n".join(vocabulary) + "\n")
-    torch.save({"model": deit_state(196) | affine("head", 1000, 768)}, folder / "deit.pth")
-    bert = bert_state() | affine("bert.pooler.dense", 768, 768) | affine("cls.seq_relationship", 2, 768)
-    names = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
-    save_file({re.sub("|".join(names), lambda old: names[old[0]], key): value for key, value in bert.items()},
-              folder / "bert.safetensors")  # fmt: skip
-    coco = f"{{image_root: {folder}, train: none, val: none, test: {folder / 'test.json'}}}"
-    return folder, [
-        f"data.pretrain_files=[{folder / 'pretrain.json'}]", f"data.pretrain_image_root={folder}",
-        f"data.tokenizer={folder / 'vocab.txt'}", f"data.retrieval_sets.coco={coco}", "num_workers=1",
-        f"model.vision_weights={folder / 'deit.pth'}", f"model.text_weights={folder / 'bert.safetensors'}",
-        "pretrain.batch_size=2", "pretrain.epochs=1", "log_every_steps=1",
-    ]  # fmt: skip
-
-
 @pytest.mark.skipif(not os.environ.get("PAPER_SCALE"), reason="4 minutes, 6 GB: PAPER_SCALE=1 pytest -k paper_scale")
 @pytest.mark.parametrize("start", ["deit and bert", "albef"])
 def test_paper_scale_takes_two_steps(start, paper_files, tmp_path):
-    folder, settings = paper_files
-    arguments = ["train.py", "--scale", "paper", "--out", str(tmp_path), *settings]
+    arguments = ["--scale", "paper", "--out", str(tmp_path), *paper_files.settings]
     if start == "albef":
-        torch.save({"model": albef_state()}, folder / "ALBEF.pth")
-        arguments += ["--start", str(folder / "ALBEF.pth")]
-    result = subprocess.run([sys.executable, *arguments], cwd=data.HERE, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    print(result.stdout, "peak memory, GB:", resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20)
+        arguments += ["--start", paper_files.albef]
+    stdout = paper.run(tmp_path, "train.py", *arguments)
     assert [line["step"] for line in read_log(tmp_path)] == [1, 2]
     assert all(math.isfinite(value) for line in read_log(tmp_path) for value in line.values())
     checkpoint = load(tmp_path)
     assert checkpoint["model"]["encoders.text.embeddings.word.weight"].shape == (30522, 768)
     assert checkpoint["model"]["image_queue"].shape == (1, 256)  # 65,536, but at most a quarter of the images
     assert checkpoint["model"]["encoders.vision.pos_embed"].shape == (1, 257, 768)
-    assert ("starts from" in result.stdout) and ("fresh: cross-attention" in result.stdout) == (start != "albef")
-    assert "re-ranked by ITM" in result.stdout
+    assert ("starts from" in stdout) and ("fresh: cross-attention" in stdout) == (start != "albef")
+    assert "re-ranked by ITM" in stdout
