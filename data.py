@@ -1375,7 +1375,7 @@ def vqa_rows(scenes, values, each, ids, rng):
 def nlvr2_rows(scenes, values, count, rng):
     """Write sentences about two images: about `count`, in groups of four, half of them true.
 
-    Half of the sentences (kind both) say that both images have something: half of the time neither image alone decides.
+    Three of four sentences (kind both) say that both images have something: in half of their rows one image alone decides.
     The others say that the images agree in something, or differ. Each side has one image of either value, and each of
     these stands with both of the other side: so given the sentence and one image, true and false are equally frequent.
     """
@@ -1384,7 +1384,7 @@ def nlvr2_rows(scenes, values, count, rng):
         number = len(rows) // 4
         if number == count // 4:
             break
-        kind = "both" if number % 2 else kinds[number // 2 % len(kinds)]
+        kind = "both" if number % 4 else kinds[number // 4 % len(kinds)]
         named = rng.choice([*values]) if kind == "both" else kind
         named, asked = rng.sample([*values], 2) if kind == "same" else (named, None)
         words = {named: rng.choice(values[named])}

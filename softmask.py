@@ -780,7 +780,8 @@ class TextAssignmentModel(TaskModel):
         keys_values = encoders.image_keys_values(image_embeds[left], image_embeds[right])
         fused, _ = encoders.fuse(text_embeds, attention_mask, keys_values, cls_only=True)
         logits = self.ta_head(fused[:, 0])
-        return {"ta": itm_loss(logits, labels)}, {"accuracy": (logits.argmax(1) == labels).float().mean()}
+        right, kept = logits.argmax(1) == labels, (labels != -100).sum().clamp_min(1)
+        return {"ta": itm_loss(logits, labels)}, {"accuracy": right.sum() / kept}
 
 
 class VqaModel(TaskModel):
@@ -828,7 +829,9 @@ class VqaModel(TaskModel):
         first_probs, index = first_probs.topk(min(k, len(candidate_ids)), dim=1)
         ids, mask = candidate_ids[index].flatten(0, 1), candidate_mask[index].flatten(0, 1)  # (B * k, L), by question
         logits = decoder(ids, mask, keys_values, attention_mask)
-        log_p = first_probs.log() - answer_loss(logits, logits, ids, mask, alpha=0.0).view_as(first_probs)
+        labels = ids.masked_fill(mask == 0, -100)[:, 1:]
+        nll = F.cross_entropy(logits[:, :-1].float().transpose(1, 2), labels, reduction="none").sum(1)
+        log_p = first_probs.log() - nll.view_as(first_probs)
         probs, order = log_p.softmax(1).sort(dim=1, descending=True)
         return index.gather(1, order), probs
 

@@ -18,7 +18,7 @@ A line of log.jsonl, means over the steps since the line before and over all pro
   loss_itm           matching; 0.6365 is the floor of a constant answer at one match to two non-matches
   loss_soft_itm      matching on soft-masked images          loss_mlm          masked language modelling
   loss_vqa           answers, weighted, per question         loss_cls          NLVR2, entailment
-  loss_ta            text assignment, before NLVR2           accuracy          of loss_cls, loss_ta on their batches, 0 to 1
+  loss_ta            text assignment, before NLVR2           accuracy          of these two on their batches, 0 to 1
   itm_accuracy       mean of the accuracy on matches and on non-matches: 0.5 is chance; soft_itm_accuracy likewise
   mask_mean          mean of the soft mask over patches, 0 to 1              temp   temperature of the contrastive loss
   alpha              weight of the twin's soft targets       lr                learning rate at this step
@@ -543,7 +543,7 @@ def main(arguments):
     os.makedirs(options.out, exist_ok=True)
     with locked(options.out):
         if options.fresh and evaluation.rank() == 0:
-            for name in ("checkpoint.pt", "best.pt", "log.jsonl", "metrics.json"):
+            for name in ("checkpoint.pt", "best.pt", "log.jsonl", "metrics.json", "answers_val.json", "answers_test.json"):
                 with contextlib.suppress(FileNotFoundError):
                     os.remove(os.path.join(options.out, name))
         if evaluation.world_size() > 1:
