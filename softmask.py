@@ -2,6 +2,7 @@
 
 Paper: Jaeyoo Park and Bohyung Han, CVPR 2023, pp. 2798-2807, https://arxiv.org/abs/2304.00719
 Base:  ALBEF, Li et al., NeurIPS 2021, https://arxiv.org/abs/2107.07651, https://github.com/salesforce/ALBEF
+
 Every formula and number carries the mark of its source:
   [paper]  said in the abstract or the caption of Fig. 2 of the SoftMask++ paper
   [ALBEF]  ALBEF's published code or paper, the stated base of the method
@@ -135,7 +136,10 @@ class VisionBlock(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """Image to token states. [ALBEF] Copy with: Attention, Mlp, VisionBlock, sincos_pos_embed, init_weights."""
+    """ViT: image (B, 3, S, S), normalised, to token states (B, 1 + N, D), [CLS] first, patches row by row. [ALBEF]
+
+    Copy with: Attention, Mlp, VisionBlock, sincos_pos_embed, init_weights.
+    """
 
     def __init__(self, image_size: int, patch_size: int, width: int, num_layers: int, num_heads: int):
         super().__init__()
@@ -243,7 +247,10 @@ class TextLayer(nn.Module):
 
 
 class TextEncoder(nn.Module):
-    """Embeddings, lower BERT layers. [ALBEF] Copy with: Attention, Mlp, TextLayer, init_weights, text_init_std."""
+    """Embeddings and lower layers of BERT: input_ids (B, L) to token states (B, L, D). [ALBEF]
+
+    Copy with: Attention, Mlp, TextLayer, init_weights, text_init_std.
+    """
 
     def __init__(self, vocab_size: int, positions: int, width: int, num_layers: int, num_heads: int, dropout: float):
         super().__init__()
