@@ -1227,8 +1227,12 @@ def read_dict(path) -> dict:
 
 
 def read_state(path) -> dict:
-    """The tensors of a checkpoint file, raw or under "model" or "state_dict", less "module."; ValueError if none."""
-    state = read_dict(path)
+    """The tensors of a checkpoint file, see state_of."""
+    return state_of(read_dict(path), path)
+
+
+def state_of(state: dict, path) -> dict:
+    """The tensors of what path holds, raw or under "model" or "state_dict", less "module."; ValueError if none."""
     for name in ("model", "state_dict"):
         state = state[name] if isinstance(state.get(name), dict) else state
     if not state or not all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in state.items()):
@@ -1364,14 +1368,6 @@ def read_checkpoint(path) -> dict:
     if not {"model", "config", "vocab", "step", "task"} <= checkpoint.keys():
         raise ValueError(f"{path} was not written by train.py: it lacks model, config, vocab, step or task")
     return checkpoint
-
-
-def read_vocabulary(path) -> list[str] | None:
-    """The tokenizer's entries of a checkpoint that train.py wrote; None where the file at path is another."""
-    try:
-        return read_checkpoint(path)["vocab"]
-    except ValueError:
-        return None
 
 
 def load_trained(path, device: str = "cpu"):

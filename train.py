@@ -389,10 +389,14 @@ def say(text: str):
 
 @contextlib.contextmanager
 def weights_of(path):
-    """The tensors of a file of weights; what does not fit the model is an InputError that names the file."""
-    state = softmask.read_state(path)
+    """The tensors of a file of weights, and the tokenizer's entries where train.py wrote it, else None.
+
+    What does not fit the model is an InputError that names the file.
+    """
+    content = softmask.read_dict(path)
+    state = softmask.state_of(content, path)
     try:
-        yield state
+        yield state, content.get("vocab")
     except ValueError as error:
         raise data.InputError(f"{path}: {error}") from None
 
@@ -416,9 +420,9 @@ def load_initial_weights(model, config, task_name, vocab):
     """Start the model from its task's start, or the encoders from DeiT and BERT, and its twin from them."""
     path = start_file(config, task_name)
     if path is not None:
-        with weights_of(path) as state:
+        with weights_of(path) as (state, known):
             fresh, left = softmask.load_start(model, state)
-        if softmask.read_vocabulary(path) not in (None, vocab):
+        if known not in (None, vocab):
             raise data.InputError(f"{path} was trained with another vocabulary; give data.tokenizer the same")
 
         def part(key):  # one name for all parameters of a part
@@ -431,13 +435,13 @@ def load_initial_weights(model, config, task_name, vocab):
         return
     encoders, vision, text = model.encoders, config.model.vision_weights, config.model.text_weights
     if vision is not None:
-        with weights_of(vision) as state:
+        with weights_of(vision) as (state, _):
             softmask.load_deit(encoders, state)
         say(f"image encoder starts from {vision}")
     elif config.scale == "paper":
         raise data.InputError("model.vision_weights is null: at scale paper the image encoder starts from DeiT; name its file")
     if text is not None:
-        with weights_of(text) as state:
+        with weights_of(text) as (state, _):
             fresh = softmask.load_bert(encoders, state)
         say(f"text and fusion encoder start from {text}; fresh: cross-attention"
             + (", MLM head" if any("mlm_head" in name for name in fresh) else ""))  # fmt: skip
