@@ -62,23 +62,23 @@ def lr_at(step: int, total_steps: int, task) -> float:
     return task.min_lr + (task.lr - task.min_lr) * (1 + math.cos(math.pi * done)) / 2
 
 
-def parameter_groups(model, weight_decay: float) -> list[dict]:
-    """Groups for AdamW: weight decay spares biases, norms, position and [CLS] embeddings; the temperature stands alone.
+def parameter_groups(model, task) -> list[dict]:
+    """Groups for AdamW: biases, norms, position and [CLS] embeddings are spared weight decay; the image encoder and the
+    temperature have learning rates of their own, lr_scale times the schedule's.
 
-    [ours]: ALBEF decays temperature, position and [CLS] embeddings too.
+    [ours]: ALBEF has one learning rate, and decays temperature, position and [CLS] embeddings too.
     """
-    decayed, spared = [], []
+    scales = {"temp": task.temp_lr / task.lr, "vision": 1.0 if task.vision_lr is None else task.vision_lr / task.lr}
+    groups = {}
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad and name != "temp":
+        if parameter.requires_grad:
             spare = parameter.ndim < 2 or name.endswith(("pos_embed", "cls_token", "position.weight"))
-            (spared if spare else decayed).append(parameter)
+            part = "temp" if name == "temp" else "vision" if name.startswith("encoders.vision.") else "others"
+            groups.setdefault((part, 0.0 if spare else task.weight_decay), []).append(parameter)
     return [
-        {"params": decayed, "weight_decay": weight_decay, "name": "decayed"},
-        {"params": spared, "weight_decay": 0.0, "name": "spared"},
-    ] + [
-        {"params": [parameter], "weight_decay": 0.0, "name": "temp"}
-        for name, parameter in model.named_parameters() if name == "temp"
-    ]  # fmt: skip
+        {"params": parameters, "weight_decay": decay, "lr_scale": scales.get(part, 1.0)}
+        for (part, decay), parameters in groups.items()
+    ]
 
 
 def pretrain_losses(model, image, batch, config, special, alpha, generator):
@@ -141,7 +141,7 @@ def train(model, optimizer, loader, config, task, run):
     for step in range(run.step, run.total_steps):
         lr = lr_at(step, run.total_steps, task)
         for group in optimizer.param_groups:
-            group["lr"] = lr * task.temp_lr / task.lr if group["name"] == "temp" else lr
+            group["lr"] = lr * group["lr_scale"]
         alpha = config.method.alpha * (min(1.0, step / run.steps_per_epoch) if task.ramp_alpha else 1.0)
         has_queue = isinstance(model, softmask.PretrainModel)
         if has_queue:
@@ -471,7 +471,7 @@ def run_task(task_name, config, settings, out):
 
     run = Run(out, config, settings, task_name, task, steps_per_epoch, tokenizer, functools.partial(evaluate, "val"))
     model.to(device)
-    optimizer = torch.optim.AdamW(parameter_groups(model, task.weight_decay), lr=task.lr, fused=True)
+    optimizer = torch.optim.AdamW(parameter_groups(model, task), lr=task.lr, fused=True)
     if not run.resume(model, optimizer):
         load_initial_weights(model, config, task_name, run.vocab)
     if run.step < run.total_steps:

@@ -1,4 +1,5 @@
 """train.py by its command line: several processes, kill and resume, bad input, the paper's scale."""
+import dataclasses
 import json
 import math
 import os
@@ -38,23 +39,22 @@ def test_learning_rate_by_hand():
     assert train.lr_at(0, 12, types.SimpleNamespace(lr=1.0, warmup_lr=0.2, warmup_steps=0, min_lr=0.0)) == 1.0
 
 
-def test_weight_decay_spares_biases_norms_embeddings_of_places_and_temperature():
-    config = data.config_to_dict(data.load_config("scenes", TINY))
-    model = softmask.build_model("pretrain", 30, config["model"], config["method"])
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    decayed, spared, temp = (
-        {names[id(parameter)] for parameter in group["params"]} for group in train.parameter_groups(model, 0.02)
-    )
-    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    assert decayed | spared | temp == trained and len(decayed) + len(spared) + 1 == len(trained)
+def test_parameter_groups_spare_from_weight_decay_and_give_the_image_encoder_and_temperature_their_own_rates():
+    config = data.load_config("scenes", [*TINY, "pretrain.vision_lr=1e-5", "pretrain.temp_lr=2e-5", "pretrain.lr=1e-4"])
+    settings = data.config_to_dict(config)
+    model = softmask.build_model("pretrain", 30, settings["model"], settings["method"])
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert not any(name.startswith("encoders_m") for name in trained)
-    assert [group["weight_decay"] for group in train.parameter_groups(model, 0.02)] == [0.02, 0.0, 0.0]
-    assert temp == {"temp"}
-    for name in trained - temp:
-        kept = re.search(r"(bias|pos_embed|cls_token|position\.weight|norm\d?\.weight)$", name)
-        assert (name in spared) == bool(kept), name
-    assert {"encoders.vision.pos_embed", "encoders.text.embeddings.position.weight", "encoders.text_proj.bias"} < spared
-    assert {"encoders.text.embeddings.word.weight", "encoders.vision.patch_embed.weight", "itm_head.weight"} < decayed
+    groups = train.parameter_groups(model, config.pretrain)
+    found = {id(parameter): group for group in groups for parameter in group["params"]}
+    assert len(found) == len(trained) == sum(len(group["params"]) for group in groups)
+    for name, parameter in trained.items():
+        spared = name == "temp" or re.search(r"(bias|pos_embed|cls_token|position\.weight|norm\d?\.weight)$", name)
+        group, scale = found[id(parameter)], 0.2 if name == "temp" else 0.1 if ".vision." in name else 1.0
+        assert group["weight_decay"] == (0.0 if spared else config.pretrain.weight_decay), name
+        assert group["lr_scale"] == pytest.approx(scale), name
+    alike = train.parameter_groups(model, dataclasses.replace(config.pretrain, vision_lr=None))
+    assert sorted({group["lr_scale"] for group in alike}) == [pytest.approx(0.2), 1.0]
 
 
 # A short run, as users type it
