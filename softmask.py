@@ -27,7 +27,7 @@ Index
   make_twin, write_queue            momentum distillation, queues     [ALBEF] models/model_pretrain.py
   focal_itc_loss                    focal loss for ITC                [paper] abstract; caption of Fig. 2: Section 3
   hard_negatives, itm_loss          image-text matching               [ALBEF] models/model_pretrain.py
-  mlm_loss, answer_loss             words and answers, distilled      [ALBEF] models/xbert.py
+  mlm_loss                          masked words, distilled           [ALBEF] models/xbert.py
   word_attention                    word-conditional attention        [paper] abstract; caption of Fig. 2: Section 4.1
   pick_word, soft_mask              the text-driven soft mask         [paper] caption of Fig. 2: Section 4.1
   PretrainModel                     all of it in the order of Fig. 2  [paper] Fig. 2
@@ -351,13 +351,16 @@ class AnswerDecoder(nn.Module):
         self.mlm_head = MlmHead(width, vocab_size)
 
     def forward(self, answer_ids, answer_mask, keys_values, question_mask, question_index=None):
-        """answer_ids, answer_mask (A, L) -> vocabulary logits (A, L, V), at each position those of the next token.
+        """answer_ids, answer_mask (A, L) -> states (A, L, D), for logits the states from which the next token follows.
 
         keys_values: fusion.keys_values of I questions' fused states; question_mask (I, M); question_index (A,) or None.
         """
         mask = answer_mask[:, None, :].bool().expand(-1, answer_ids.shape[1], -1).tril()  # (A, L, L), causal
         embeds = self.text(answer_ids, answer_mask)
-        states, _ = self.fusion(embeds, mask, keys_values, question_index, keys_mask=question_mask)
+        return self.fusion(embeds, mask, keys_values, question_index, keys_mask=question_mask)[0]
+
+    def logits(self, states):
+        """States (..., D) -> vocabulary logits (..., V) of the next token."""
         return self.mlm_head(states, self.text.embeddings["word"].weight)
 
 
@@ -505,12 +508,6 @@ def distilled_cross_entropy(logits, logits_m, labels, alpha):
 def mlm_loss(logits, logits_m, labels, alpha):
     """Mean of distilled_cross_entropy over the M masked positions, 0 where M is 0; logits (M, V). [ALBEF]"""
     return distilled_cross_entropy(logits, logits_m, labels, alpha).sum() / max(len(labels), 1)
-
-
-def answer_loss(logits, logits_m, answer_ids, answer_mask, alpha):
-    """Sum (A,) of distilled_cross_entropy over each answer's tokens but the first; logits (A, L, V). [ALBEF]"""
-    labels = answer_ids.masked_fill(answer_mask == 0, -100)[:, 1:]
-    return distilled_cross_entropy(logits[:, :-1], logits_m[:, :-1], labels, alpha).sum(1)
 
 
 def itm_accuracy(logits, labels):
@@ -807,18 +804,22 @@ class VqaModel(TaskModel):
         return encoders.decoder.fusion.keys_values(fused)
 
     def forward(self, image, input_ids, attention_mask, answer_ids, answer_mask, answer_question, weights, alpha):
-        """The losses {vqa}, the weighted sum over all A answers to B questions, divided by B; and statistics.
+        """The losses {vqa}, the weighted sum over all A answers to B questions, divided by B; and statistics. [ALBEF]
 
         answer_ids, answer_mask (A, L); answer_question (A,): the question of each; weights (A,).
         """
-        question, answers = (image, input_ids, attention_mask), (answer_ids, answer_mask)
-        keys_values = self.question_keys_values(self.encoders, *question)
-        logits = self.encoders.decoder(*answers, keys_values, attention_mask, answer_question)
+        next_ids = answer_ids[:, 1:]
+        real = answer_mask[:, 1:].bool()  # logits where an answer goes on, and nowhere else
+
+        def next_logits(encoders):
+            keys_values = self.question_keys_values(encoders, image, input_ids, attention_mask)
+            states = encoders.decoder(answer_ids, answer_mask, keys_values, attention_mask, answer_question)
+            return encoders.decoder.logits(states[:, :-1][real])  # (A, L, D) -> (M, V)
+
         with torch.no_grad():
-            keys_values_m = self.question_keys_values(self.encoders_m, *question)
-            logits_m = self.encoders_m.decoder(*answers, keys_values_m, attention_mask, answer_question)
-        loss = (weights * answer_loss(logits, logits_m, *answers, alpha)).sum() / len(image)
-        return {"vqa": loss}, {}
+            logits_m = next_logits(self.encoders_m)
+        losses = distilled_cross_entropy(next_logits(self.encoders), logits_m, next_ids[real], alpha)
+        return {"vqa": (weights.repeat_interleave(real.sum(1)) * losses).sum() / len(image)}, {}
 
     @torch.no_grad()
     def rank_answers(self, image, input_ids, attention_mask, candidate_ids, candidate_mask, k: int):
@@ -832,13 +833,14 @@ class VqaModel(TaskModel):
         keys_values = self.question_keys_values(self.encoders, image, input_ids, attention_mask)
         start_ids = candidate_ids[:1, :1].expand(questions, 1)
         start = decoder(start_ids, torch.ones_like(start_ids), keys_values, attention_mask)[:, 0]
-        first_probs = start.float().softmax(1)[:, candidate_ids[:, 1]]  # (B, C)
+        first_probs = decoder.logits(start).float().softmax(1)[:, candidate_ids[:, 1]]  # (B, C)
         first_probs, index = first_probs.topk(min(k, len(candidate_ids)), dim=1)
         ids, mask = candidate_ids[index].flatten(0, 1), candidate_mask[index].flatten(0, 1)  # (B * k, L), by question
-        logits = decoder(ids, mask, keys_values, attention_mask)
-        labels = ids.masked_fill(mask == 0, -100)[:, 1:]
-        nll = F.cross_entropy(logits[:, :-1].float().transpose(1, 2), labels, reduction="none").sum(1)
-        log_p = first_probs.log() - nll.view_as(first_probs)
+        real, nll = mask[:, 1:].bool(), torch.zeros(ids[:, 1:].shape, device=ids.device)
+        states = decoder(ids, mask, keys_values, attention_mask)[:, :-1][real]  # (M, D)
+        parts = zip(states.split(4096), ids[:, 1:][real].split(4096))  # 4,096 x V logits at a time: 0.5 GB
+        nll[real] = torch.cat([F.cross_entropy(decoder.logits(x).float(), y, reduction="none") for x, y in parts])
+        log_p = first_probs.log() - nll.sum(1).view_as(first_probs)
         probs, order = log_p.softmax(1).sort(dim=1, descending=True)
         return index.gather(1, order), probs
 

@@ -369,8 +369,8 @@ def naive_ranking(model, image, question, candidates):
         log_p = []
         for length in range(1, len(candidate)):  # no mask of the future: it is not there
             prefix = torch.tensor([candidate[:length]])
-            logits = decoder(prefix, torch.ones_like(prefix), keys_values, mask)
-            log_p.append(logits[0, -1].log_softmax(0)[candidate[length]].item())
+            states = decoder(prefix, torch.ones_like(prefix), keys_values, mask)
+            log_p.append(decoder.logits(states)[0, -1].log_softmax(0)[candidate[length]].item())
         firsts.append(log_p[0])
         wholes.append(log_p[0] + sum(log_p))
     return firsts, wholes
