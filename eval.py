@@ -3,6 +3,7 @@
     python eval.py pretrain                                    # the figures that end pre-training, from its output
     python eval.py pretrain --scale flickr8k --checkpoint DIR data.retrieval=flickr8k
     python eval.py masks --checkpoint DIR --image photo.jpg --text "a dog on a red sofa"
+    python eval.py table DIR...                                # finished runs side by side, what each setting does
 
 Metrics, percentages from 0 to 100 unless said otherwise:
   zero_shot, reranked   retrieval by ITC alone (itc once fine-tuned), and with the top k re-ranked by ITM, under ALBEF's
@@ -18,9 +19,11 @@ Metrics, percentages from 0 to 100 unless said otherwise:
 import argparse
 import contextlib
 import functools
+import itertools
 import json
 import math
 import os
+import pathlib
 import re
 import sys
 
@@ -628,6 +631,99 @@ def draw_masks(api, pairs, path, side=192):
     data.write_atomically(path, lambda file: sheet.save(file, "PNG"))
 
 
+# Tables of runs
+
+
+def flatten(settings: dict, prefix: str = "") -> dict:
+    """Nested settings as one dict: {"method.focal_gamma": 2.0, ...}; lists become JSON."""
+    flat = {}
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = json.dumps(value) if isinstance(value, list) else value
+    return flat
+
+
+def headline(metrics: dict) -> dict[str, float]:
+    """The figures a table shows, of the metrics of a run; where there are splits, those on test."""
+    metrics = metrics.get("test") or metrics
+    found = {}
+    for name, kind in (("R@1 by ITC", "zero_shot"), ("R@1 by ITC", "itc"), ("R@1 re-ranked", "reranked")):
+        if kind in metrics:
+            found[name] = (metrics[kind]["txt_r1"] + metrics[kind]["img_r1"]) / 2
+    found |= {f"foils: {kind}": values["accuracy"] for kind, values in metrics.get("foils", {}).items()}
+    pointing = metrics.get("pointing", {})
+    found |= {f"pointing: {name}": pointing[name] for name in ("hit_own", "hit_other", "mass_own", "mass_other") if pointing}
+    aside = re.compile("standard_error|majority|chance|uniform")  # that say how good a figure is
+    return found | {name: value for name, value in metrics.items() if isinstance(value, float) and not aside.search(name)}
+
+
+def read_runs(folders) -> dict:
+    """The metrics.json in and below folders, {task: [(settings, seed, figures)]}; of the settings those that differ."""
+    files = sorted({file for folder in folders for file in pathlib.Path(folder).rglob("metrics.json")})
+    if not files:
+        raise data.InputError(f"no metrics.json in {', '.join(map(str, folders))}, which a run writes at its end")
+    runs = {}
+    for file in files:
+        run = data.read_json(file)
+        if not isinstance(run, dict) or not {"task", "settings", "metrics"} <= run.keys():
+            raise data.InputError(f"{file} was not written by train.py: it lacks task, settings or metrics")
+        own = {name: part for name, part in run["settings"].items() if name == run["task"] or name not in data.TASKS}
+        figures = headline(run["metrics"])
+        if figures:
+            settings = flatten(own)
+            runs.setdefault(run["task"], []).append((settings, settings.pop("seed"), figures))
+    for task, found in runs.items():
+        keys = dict.fromkeys(key for settings, _, _ in found for key in settings)
+        differing = [key for key in keys if len({settings.get(key) for settings, _, _ in found}) > 1]
+        runs[task] = [({key: row.get(key) for key in differing}, seed, figures) for row, seed, figures in found]
+    return runs
+
+
+def markdown(header, rows) -> str:
+    """A Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def mean_cells(names, rows, error) -> list[str]:
+    """For each name the mean of its values in rows, which are dicts of figures, and ± error(values) of two or more."""
+    cells = []
+    for name in names:
+        values = [row[name] for row in rows if name in row]
+        spread = f" ± {error(values):.1f}" if len(values) > 1 else ""
+        cells.append(f"{np.mean(values):.1f}{spread}" if values else "")
+    return cells
+
+
+def tabulate(runs) -> str:
+    """Markdown of one task's runs: those that differ in the seed alone as one row, mean ± standard deviation.
+
+    A second table says what each setting does: over all pairs of runs that share the seed and all settings but that one,
+    mean of the differences ± its standard error. runs: of read_runs.
+    """
+    names = list(dict.fromkeys(name for _, _, figures in runs for name in figures))
+    groups, effects = {}, {}
+    for settings, _, figures in runs:
+        groups.setdefault(tuple(settings.values()), []).append(figures)
+    deviation = functools.partial(np.std, ddof=1)
+    rows = [[*values, len(group), *mean_cells(names, group, deviation)] for values, group in groups.items()]
+    tables = [markdown([*runs[0][0], "runs", *names], rows)]
+    for (first, seed, before), (second, other_seed, after) in itertools.combinations(runs, 2):
+        changed = [key for key in first if first[key] != second[key]]
+        if seed == other_seed and len(changed) == 1:
+            change = changed[0], first[changed[0]], second[changed[0]]
+            if (change[0], change[2], change[1]) in effects:  # the same change, always in the same direction
+                change, before, after = (change[0], change[2], change[1]), after, before
+            effects.setdefault(change, []).append({name: after[name] - before[name] for name in after if name in before})
+    if effects:
+        rows = [[*change, len(pairs), *mean_cells(names, pairs, lambda x: deviation(x) / math.sqrt(len(x)))]
+                for change, pairs in effects.items()]  # fmt: skip
+        tables.append(markdown(["setting", "from", "to", "pairs", *names], rows))
+    return "\n\n".join(tables)
+
+
 # The command line
 
 
@@ -658,7 +754,7 @@ def load_for(task, path, device):
 
 def main(arguments):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], usage=__doc__.split("\n\n")[1])
-    parser.add_argument("words", nargs="+", metavar="TASK|masks key=value", help="what to evaluate; settings to override")
+    parser.add_argument("words", nargs="+", metavar="TASK|masks|table key=value", help="what to evaluate; settings to override")
     parser.add_argument("--scale", default="scenes", help="scale of config.yaml (default: scenes)")
     parser.add_argument("--checkpoint", help="folder or file (default: out/SCALE/TASK)")
     parser.add_argument("--image", help="masks: your own image")
@@ -668,9 +764,12 @@ def main(arguments):
     options = parser.parse_intermixed_args(arguments)
     overrides = [word for word in options.words if "=" in word]
     task, *rest = [word for word in options.words if "=" not in word] or [""]
+    if task == "table":
+        print("\n\n".join(f"{name}\n\n{tabulate(runs)}" for name, runs in read_runs(rest or ["out"]).items()))
+        return
     tasks = [name for name in data.TASKS if name != "nlvr2_pretrain"] + ["masks"]
     if rest or task not in tasks:
-        raise data.InputError(f"{' '.join([task, *rest])!r} is none of {', '.join(tasks)}")
+        raise data.InputError(f"{' '.join([task, *rest])!r} is none of {', '.join([*tasks, 'table'])}")
     config = data.load_config(options.scale, overrides)
     join_processes(config)
     if task != "masks" or options.image is None:  # one's own image needs no scenes

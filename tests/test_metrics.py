@@ -1,9 +1,11 @@
 """Metrics of the downstream tasks in eval.py against figures worked out by hand."""
+import json
 import math
 
 import pytest
 import torch
 
+import data
 import eval as evaluation
 
 # VQA accuracy
@@ -210,3 +212,45 @@ def test_classification_metrics_by_hand():
     for predictions, labels in (([], []), ([1], [1, 0])):
         with pytest.raises(ValueError, match="predictions"):
             evaluation.classification_metrics(predictions, labels, ("False", "True"))
+
+
+# Tables of runs
+
+
+def write_run(folder, seed, r1, **method):
+    """A metrics.json as train.py writes it."""
+    settings = {"seed": seed, "method": {"focal_gamma": 2.0, "soft_mask": True} | method, "vqa": {"lr": seed}}
+    metrics = {"zero_shot": {"txt_r1": r1 - 1, "img_r1": r1 + 1}, "foils": {"shape": {"accuracy": 2 * r1}}}
+    folder.mkdir(parents=True)
+    content = {"task": "pretrain", "scale": "scenes", "seed": seed, "step": 1, "settings": settings, "metrics": metrics}
+    (folder / "metrics.json").write_text(json.dumps(content))
+
+
+def test_table_groups_seeds_and_pairs_runs_that_differ_in_one_setting(tmp_path, capsys):
+    write_run(tmp_path / "x" / "a", 1, 10.0)
+    write_run(tmp_path / "x" / "b", 2, 14.0)
+    write_run(tmp_path / "c", 1, 7.0, focal_gamma=0.0)
+    write_run(tmp_path / "d", 2, 9.0, focal_gamma=0.0)
+    write_run(tmp_path / "e", 3, 1.0, focal_gamma=0.0, soft_mask=False)  # shares its seed with none
+    evaluation.main(["table", str(tmp_path / "x"), *(str(tmp_path / name) for name in "cde")])
+    assert capsys.readouterr().out.splitlines() == [
+        "pretrain",
+        "",
+        "| method.focal_gamma | method.soft_mask | runs | R@1 by ITC | foils: shape |",
+        "| --- | --- | --- | --- | --- |",
+        "| 0.0 | True | 2 | 8.0 ± 1.4 | 16.0 ± 2.8 |",
+        "| 0.0 | False | 1 | 1.0 | 2.0 |",
+        "| 2.0 | True | 2 | 12.0 ± 2.8 | 24.0 ± 5.7 |",
+        "",
+        "| setting | from | to | pairs | R@1 by ITC | foils: shape |",
+        "| --- | --- | --- | --- | --- | --- |",
+        "| method.focal_gamma | 0.0 | 2.0 | 2 | 4.0 ± 1.0 | 8.0 ± 2.0 |",
+    ]
+
+
+def test_table_refuses_what_is_no_run(tmp_path):
+    with pytest.raises(data.InputError, match="no metrics.json in"):
+        evaluation.main(["table", str(tmp_path)])
+    (tmp_path / "metrics.json").write_text("[]")
+    with pytest.raises(data.InputError, match="was not written by train.py"):
+        evaluation.main(["table", str(tmp_path)])
