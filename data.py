@@ -4,10 +4,11 @@ Read top to bottom:
     InputError, BadImage                    what can be wrong with a user's input
     Config and its sections                 the settings of config.yaml, as frozen dataclasses
     load_config, config_to_dict, ...        config.yaml + scale + command line -> Config
-    Records, FORMATS                        annotation files in one byte buffer that loader workers share
+    FORMATS, Records                        annotation files and tar shards of any size, read record by record
+    open_index, scan_list, index_shard      where the records lie: found once, kept in data/index/
     task_settings, task_files               the settings and the files of a task
     image_paths, texts_of, clean_text       what a record says, whatever its task
-    join_image_path, read_image             from a record's path to an RGB image
+    join_image_path, ShardImage, read_image from a record's path to an RGB image
     write_atomically, hash63                files that are whole or absent; the seeds of every draw
     TrainingSet, ShuffledBatches, make_loader    training batches, the same for any number of workers
     load_retrieval, load_vqa, ..., ImageDataset  evaluation
@@ -17,11 +18,16 @@ Read top to bottom:
 
 The annotation formats are ALBEF's [ALBEF]; reading, checking and seeding are our choice [ours].
 """
+import bisect
+import codecs
 import collections
+import contextlib
 import dataclasses
 import difflib
 import functools
+import glob
 import hashlib
+import io
 import itertools
 import json
 import math
@@ -29,22 +35,32 @@ import os
 import pathlib
 import pickle
 import random
+import re
 import shutil
 import sys
+import tarfile
 import tempfile
 import types
 import typing
+import weakref
 from array import array
 
 import numpy as np
 import torch
 import yaml
-from PIL import Image, ImageDraw, ImageOps
+from PIL import ExifTags, Image, ImageDraw, ImageOps
 from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
 
 import softmask
 
 HERE = os.path.dirname(os.path.abspath(__file__))
+INDEX_FOLDER = os.path.join(HERE, "data", "index")  # may be deleted between runs: it is made again
+INDEX_VERSION = 1  # raised with any change of what the folder holds
+INDEX_KEPT_FROM = 1 << 24  # bytes; a smaller file is indexed within a second, at every start
+CHUNK_BYTES = 1 << 22  # what is read at a time of an annotation file
+MAX_RECORD_BYTES = 1 << 24
+MAX_SHARD_IMAGE_BYTES = 1 << 28
 MAX_PIXELS = 100_000_000  # a larger image is refused before it is decoded
 # What a photograph comes in (JPEG covers MPO). Pillow knows more, and one of them (EPS) starts an interpreter.
 IMAGE_FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000"]
@@ -143,6 +159,7 @@ class DataConfig:
     scenes: ScenesConfig | None
     pretrain_files: list[str]
     pretrain_image_root: str
+    decode_reduced: bool
     retrieval: str
     retrieval_sets: dict[str, Files]
     vqa: VqaFiles
@@ -189,6 +206,8 @@ class Config:
     precision: str
     device: str
     num_workers: int
+    compile: bool
+    checkpointing: bool
     log_every_steps: int
     checkpoint_every_steps: int
     max_bad_image_share: float
@@ -416,36 +435,313 @@ FORMATS = {
     "grounding_eval": {"image": (str,), "text": (str,), "ref_id": (int,)},
 }
 TEXT_KEYS = {"vqa": "question", "nlvr2": "sentence", "entailment": "sentence", "grounding": "text"}  # else caption
+SHARD_TASKS = ("pretrain", "nlvr2_pretrain")  # their records need no more than an image and a caption
+SHARD_IMAGES = (".jpg", ".jpeg", ".png", ".webp")
 
 
 class Records:
-    """A sequence of JSON records in one byte buffer: forked loader workers share it, as they cannot a list of dicts.
+    """The records of annotation files and tar shards, in their order: a sequence of dicts, each read when asked for.
 
-    Python counts references inside each object, so a worker that only reads a list of dicts copies its memory.
+    A process holds no record, only where each begins: 8 bytes, which processes share. The records stay in the files and
+    in the page cache. Works in forked and in spawned loader workers.
     """
 
-    def __init__(self, buffer, offsets):
-        """buffer: (bytes,) uint8, the records end to end; offsets: (records + 1,) int64, where each begins."""
-        self.buffer, self.offsets = buffer, offsets
+    def __init__(self, files, layout):
+        """files: paths of JSON lists of objects and, for SHARD_TASKS, of img2dataset's shards (.tar), or patterns such
+        as "data/cc12m/*.tar", whose matches are sorted. layout: a key of FORMATS. InputError names file and record.
 
-    @classmethod
-    def from_json(cls, files, required):
-        """Read one or several JSON lists of objects.
-
-        files: paths. required: {key: types allowed}, such as FORMATS["pretrain"]. InputError names file and record.
+        digest: str, of the bytes of the JSON files and of what the indices of the shards hold (all but the pixels).
+        left_out: samples of shards without a caption.
         """
-        buffer, offsets = bytearray(), array("q", [0])
-        for path in files:
-            for row in check_rows(path, read_json(path), required):
-                buffer += json.dumps(row).encode()
-                offsets.append(len(buffer))
-        return cls(np.frombuffer(buffer, np.uint8), np.frombuffer(offsets, np.int64))
+        self.files, self.layout = list(files), layout
+        paths = [path for entry in self.files for path in expand_pattern(entry)]
+        shown = tqdm(paths, "annotations", leave=False, disable=None, delay=2)
+        self.indices = [open_index(path, layout) for path in shown]
+        self.begins = [0, *itertools.accumulate(map(len, self.indices))]
+        self.digest = digest_of("".join(index.digest for index in self.indices).encode()).hexdigest()
+        self.left_out = sum(index.left_out for index in self.indices)
+
+    def __reduce__(self):
+        return Records, (self.files, self.layout)
+
+    def __len__(self):
+        return self.begins[-1]
+
+    def __getitem__(self, number):
+        if not 0 <= number < len(self):
+            raise IndexError(f"record {number} of {len(self)}")
+        file = bisect.bisect_right(self.begins, number) - 1
+        return self.indices[file].read(number - self.begins[file])
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Index:
+    """Where the records of one annotation file or tar shard lie.
+
+    path, stamp: the file, and its file_stamp; offsets: (records + 1,) int64, bytes, where each record begins in the
+    file or, of a shard, in rows: JSON texts of {image: name of the member, offset, size, caption}, end to end, held as
+    bytes or in a file; digest, left_out: as of Records.
+    """
+
+    path: str
+    stamp: tuple[int, int]
+    offsets: np.ndarray
+    digest: str
+    rows: bytes | str | None = None
+    left_out: int = 0
 
     def __len__(self):
         return len(self.offsets) - 1
 
-    def __getitem__(self, index):
-        return json.loads(self.buffer[self.offsets[index]:self.offsets[index + 1]].tobytes())
+    def read(self, number):
+        """Return the record of this number, a dict; of a shard image is a ShardImage."""
+        begin, end = self.offsets[number:number + 2].tolist()
+        if isinstance(self.rows, bytes):
+            text = self.rows[begin:end]
+        else:
+            text = read_bytes(self.rows or self.path, None if self.rows else self.stamp, begin, end - begin)
+        try:
+            record = JSON.raw_decode(text.decode())[0]  # what parts it from the next record comes after it
+        except ValueError:
+            raise InputError(f"{self.path} has changed since this run began; start the run again") from None
+        if self.rows:
+            image = ShardImage(self.path, self.stamp, record["image"], record["offset"], record["size"])
+            record = {"image": image, "caption": record["caption"]}
+        return record
+
+    def save(self, folder):
+        """Write what load_index reads: a folder that is whole by its existence. OSError: it cannot be written."""
+        os.makedirs(INDEX_FOLDER, exist_ok=True)
+        partial = pathlib.Path(tempfile.mkdtemp(dir=INDEX_FOLDER))
+        try:
+            about = {"file": os.path.abspath(self.path), "digest": self.digest, "left_out": self.left_out}
+            (partial / "about.json").write_text(json.dumps(about), encoding="utf-8")
+            np.save(partial / "offsets.npy", self.offsets)
+            if self.rows is not None:
+                (partial / "rows").write_bytes(self.rows)
+            partial.chmod(0o755)
+            os.rename(partial, folder)
+        except OSError:
+            if not os.path.exists(folder):  # else another process was faster, with the same content
+                raise
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+digest_of = functools.partial(hashlib.blake2b, digest_size=16)
+JSON = json.JSONDecoder()
+SPACE, SEPARATOR = re.compile(r"[ \t\n\r]*"), re.compile(r"[ \t\n\r]*([,\]])")
+
+
+def expand_pattern(entry):
+    """The files that an entry of the settings stands for: itself, or the sorted matches of its wildcards * ? [...]."""
+    entry = os.fspath(entry)
+    if os.path.exists(entry) or not glob.has_magic(entry):
+        return [entry]
+    found = sorted(glob.glob(entry))
+    if not found:
+        raise InputError(f"{entry}: no file matches; see the paths in data")
+    return found
+
+
+def file_stamp(path):
+    """What tells versions of a file apart: size and time of change. path: or a file descriptor. InputError: no file."""
+    try:
+        status = os.stat(path)
+    except OSError as error:
+        raise unreadable(path, error) from None
+    return status.st_size, status.st_mtime_ns
+
+
+def unreadable(path, error):
+    """The InputError for a file on which the system reports an OSError."""
+    return InputError(f"{path}: cannot be read ({error.strerror}); see the paths in data")
+
+
+class OpenFile:
+    """A file descriptor that closes with the object. Forked processes may share it: os.pread moves no position."""
+
+    def __init__(self, path):
+        self.descriptor = os.open(path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self.descriptor)
+
+
+@functools.lru_cache(maxsize=256)  # shards are more than the files that a process may have open
+def open_file(path, stamp):
+    """Open a file for read_bytes, and keep it open while it is in use; InputError where it has another stamp by now."""
+    try:
+        file = OpenFile(path)
+    except OSError as error:
+        raise unreadable(path, error) from None
+    if stamp not in (None, file_stamp(file.descriptor)):
+        raise InputError(f"{path} has changed since this run began; start the run again")
+    return file
+
+
+def read_bytes(path, stamp, offset, size):
+    """Read size bytes of a file from offset on; stamp: file_stamp that the file must have, or None."""
+    return os.pread(open_file(path, stamp).descriptor, size, offset)
+
+
+def open_index(path, layout):
+    """The Index of a JSON list or a shard: read from INDEX_FOLDER if that holds it, else made, and kept there [ours].
+
+    layout: a key of FORMATS, in which every record is checked. InputError: the file is not what it should be.
+    """
+    is_shard, stamp = path.endswith(".tar"), file_stamp(path)
+    if is_shard and layout not in SHARD_TASKS:
+        raise InputError(f"{path}: tar shards are for data.pretrain_files alone; give a JSON list")
+    if not is_shard:
+        open_file(path, stamp)  # now, so that a file put in its place later does not harm this run
+    key = repr((INDEX_VERSION, os.path.abspath(path), stamp, FORMATS[layout]))
+    folder = os.path.join(INDEX_FOLDER, digest_of(key.encode()).hexdigest())
+    kept = stamp[0] >= INDEX_KEPT_FROM
+    if kept and os.path.exists(folder):
+        return load_index(path, stamp, folder)
+    index = index_shard(path, stamp) if is_shard else index_json(path, stamp, FORMATS[layout])
+    if not kept:
+        return index
+    try:
+        index.save(folder)
+    except OSError as error:
+        print(f"{INDEX_FOLDER}: {error.strerror}; so {path} is indexed at every start", file=sys.stderr)
+        return index
+    return load_index(path, stamp, folder)
+
+
+def load_index(path, stamp, folder):
+    """The Index of path that Index.save wrote to a folder."""
+    rows = os.path.join(folder, "rows") if path.endswith(".tar") else None
+    try:
+        about = json.loads(pathlib.Path(folder, "about.json").read_bytes())
+        # Processes share a map. But it costs a file descriptor, so shards have none: they are many, their offsets few.
+        offsets = np.load(os.path.join(folder, "offsets.npy"), mmap_mode=None if rows else "r")
+    except (OSError, EOFError, ValueError) as error:
+        raise InputError(f"{folder}: cannot be read ({error}); delete it") from None
+    return Index(path, stamp, offsets, about["digest"], rows, about["left_out"])
+
+
+def index_json(path, stamp, required):
+    """Make the Index of a JSON list of objects; memory: 8 bytes a record and a few times MAX_RECORD_BYTES.
+
+    stamp: file_stamp; required: as in FORMATS. InputError names file and record or line.
+    """
+    offsets, end, digest = array("q"), 0, digest_of()
+    for begin, end, row in scan_list(path, read_chunks(path, digest)):
+        if _record_problem(row, required):
+            with open(path, "rb") as file:  # once more, for its texts as UTF-8
+                file.seek(begin)
+                problem = _record_problem(json.loads(file.read(end - begin)), required)
+            raise InputError(f"{path}: record {len(offsets)} (from 0): {problem}")
+        offsets.append(begin)
+    offsets.append(end)
+    return Index(path, stamp, np.frombuffer(offsets, np.int64), digest.hexdigest())
+
+
+def read_chunks(path, digest):
+    """Yield the text of a UTF-8 file, CHUNK_BYTES at a time, as a character for each byte; feeds the digest."""
+    utf8 = codecs.getincrementaldecoder("utf-8")()
+    try:
+        with open(path, "rb") as file:
+            try:
+                while chunk := file.read(CHUNK_BYTES):
+                    utf8.decode(chunk)
+                    digest.update(chunk)
+                    yield chunk.decode("latin-1")
+                utf8.decode(b"", final=True)
+            except UnicodeDecodeError as error:
+                place = file.tell() - len(error.object) + error.start
+                raise InputError(f"{path}: not JSON (no UTF-8 at byte {place})") from None
+    except OSError as error:
+        raise unreadable(path, error) from None
+
+
+def scan_list(path, chunks):
+    """Yield (begin, end, element) for every element of a JSON list, whose text comes in chunks, all as of read_chunks.
+
+    begin, end: bytes; in the element a byte of its texts is a character, too. InputError: no list, empty, or malformed.
+    """
+    text, sign, position, passed, lines = "", "", 0, 0, 0  # sign: the last of [ , ] that was met
+    for chunk in itertools.chain(chunks, [""]):
+        lines, passed = lines + text.count("\n", 0, position), passed + position
+        text, position = text[position:] + chunk, 0
+        if not sign:
+            position = SPACE.match(text, 3 * text.startswith("\xef\xbb\xbf")).end()  # after a byte order mark
+            sign = text[position:position + 1]
+            if sign not in ("", "["):
+                head = text[position:position + 40].encode("latin-1").decode(errors="replace")
+                raise InputError(f"{path}: wanted a list of one or more records, got {head!r}")
+            position += len(sign)
+        try:
+            while sign != "]":
+                position = SPACE.match(text, position).end()
+                element, end = JSON.raw_decode(text, position)
+                separator = SEPARATOR.match(text, end)
+                if not separator:
+                    raise json.JSONDecodeError("Expecting ',' delimiter", text, SPACE.match(text, end).end())
+                yield passed + position, passed + end, element
+                sign, position = separator[1], separator.end()
+            position = SPACE.match(text, position).end()
+            if position < len(text):
+                raise json.JSONDecodeError("Extra data", text, position)
+        except json.JSONDecodeError as error:  # or the text goes on in the next chunk
+            if sign == "[" and text.startswith("]", position):
+                raise InputError(f"{path}: wanted a list of one or more records, got []") from None
+            if not chunk or len(text) - position > MAX_RECORD_BYTES:
+                limit = f", or a record of over {MAX_RECORD_BYTES:,} bytes" if chunk else ""
+                raise InputError(f"{path}: not JSON (line {lines + error.lineno}: {error.msg}){limit}") from None
+        except (ValueError, RecursionError) as error:  # too long a number, too deep a list
+            raise InputError(f"{path}: not JSON (line {lines + 1} or after: {error})") from None
+
+
+def index_shard(path, stamp):
+    """Make the Index of a tar shard such as img2dataset writes: NAME.jpg with its caption in NAME.txt or NAME.json.
+
+    Only plain files count, no links; names are never used as paths. InputError: no tar file, or not a whole one.
+    """
+    images, captions = {}, {".txt": {}, ".json": {}}
+    try:
+        with tarfile.open(path, "r:", encoding="utf-8", errors="backslashreplace") as shard:
+            for member in shard:
+                name, kind = os.path.splitext(member.name)
+                found = images if kind.lower() in SHARD_IMAGES else captions.get(kind)
+                if found is not None and member.isreg() and not member.issparse():
+                    found[name] = {"image": member.name, "offset": member.offset_data, "size": member.size}
+            shard.fileobj.seek(shard.offset)
+            if shard.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):  # tarfile stops without a word
+                raise tarfile.ReadError(f"cut off or damaged at byte {shard.offset}")
+            rows, offsets = bytearray(), array("q", [0])
+            for name, row in images.items():
+                caption = read_caption(shard.fileobj, name, captions)
+                if caption:
+                    rows += json.dumps(row | {"caption": caption}).encode() + b"\n"
+                    offsets.append(len(rows))
+    except OSError as error:
+        raise unreadable(path, error) from None
+    except Exception as error:  # a broken file raises several kinds
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(f"{path}: not a whole tar file ({reason}); fetch it again, or take it from the list") from None
+    left_out = len(images) - len(offsets) + 1
+    return Index(path, stamp, np.frombuffer(offsets, np.int64), digest_of(rows).hexdigest(), bytes(rows), left_out)
+
+
+def read_caption(file, name, places):
+    """The caption of a shard's sample, from its .txt, else its .json; None where there is none.
+
+    file: the shard, open; places: {".txt": {name: dict(offset, size)}, ".json": ...}.
+    """
+    for kind in (".txt", ".json"):
+        place = places[kind].get(name)
+        if place and place["size"] <= MAX_RECORD_BYTES:
+            file.seek(place["offset"])
+            content = file.read(place["size"])
+            try:
+                caption = content.decode() if kind == ".txt" else json.loads(content)["caption"]
+            except (ValueError, RecursionError, TypeError, KeyError):
+                continue
+            if isinstance(caption, str) and caption.strip():
+                return caption.strip()
+    return None
 
 
 def read_json(path):
@@ -454,7 +750,7 @@ def read_json(path):
         with open(path, encoding="utf-8-sig") as file:
             return json.load(file)
     except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); see the paths in data") from None
+        raise unreadable(path, error) from None
     except (ValueError, RecursionError) as error:  # ValueError: malformed JSON, or no UTF-8
         line = f"line {error.lineno}: " if isinstance(error, json.JSONDecodeError) else ""
         raise InputError(f"{path}: not JSON ({line}{getattr(error, 'msg', error)})") from None
@@ -491,7 +787,12 @@ def _record_problem(row, required):
 
 
 def image_paths(record, task, files):
-    """The paths of a record's images, one or (NLVR2) left and right, below the image_root of files. [ALBEF]"""
+    """The paths of a record's images, one or (NLVR2) left and right, below the image_root of files [ALBEF].
+
+    A ShardImage is its own path.
+    """
+    if isinstance(record.get("image"), ShardImage):
+        return [record["image"]]
     root = files.vg_image_root if task == "vqa" and record["dataset"] == "vg" else files.image_root
     names = record["images"] if task == "nlvr2" else [record["image"] + ".jpg" * (task == "entailment")]
     return [join_image_path(root, name) for name in names]
@@ -528,21 +829,63 @@ def join_image_path(image_root, path):
     return full
 
 
-def read_image(path):
-    """Decode an image file as 8-bit RGB, upright (EXIF), its first frame where it has several.
+class ShardImage(typing.NamedTuple):
+    """An image inside a tar shard: what stands for its path."""
 
-    Returns a PIL image. Raises BadImage for anything unreadable, and before decoding for over MAX_PIXELS pixels.
+    shard: str
+    stamp: tuple[int, int]  # file_stamp of the shard
+    name: str
+    offset: int
+    size: int
+
+    def __str__(self):
+        return f"{self.shard}/{self.name}"
+
+    def open(self):
+        """Its bytes, as a binary file."""
+        if self.size > MAX_SHARD_IMAGE_BYTES:
+            raise ValueError(f"{self.size:,} bytes are over {MAX_SHARD_IMAGE_BYTES:,}")
+        return io.BytesIO(read_bytes(self.shard, self.stamp, self.offset, self.size))
+
+
+@contextlib.contextmanager
+def open_image(path):
+    """Open an image file, a path or ShardImage, without decoding it: a PIL image, for use in a with statement.
+
+    BadImage for anything that goes wrong up to the end of that statement, and for over MAX_PIXELS pixels.
     """
     try:
-        with Image.open(path, formats=IMAGE_FORMATS) as image:
+        with Image.open(path.open() if isinstance(path, ShardImage) else path, formats=IMAGE_FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise ValueError(f"{image.width} x {image.height} pixels are over {MAX_PIXELS:,}")
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I"):  # 16 bits a pixel, which convert would clip at 255
-                image = Image.fromarray(np.clip(np.asarray(image) // 257, 0, 255).astype(np.uint8))
-            return image.convert("RGB")
+            yield image
     except Exception as error:  # decoders raise nearly every kind
         raise BadImage(f"{path}: {' '.join(str(error).split()) or type(error).__name__}") from None
+
+
+def turn_size(image, size):
+    """size (width, height) of an opened image, as EXIF says it lies in the file or stands upright: one to the other."""
+    return size[::-1] if image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8) else size
+
+
+def decode_image(image, least_size=None):
+    """Decode an opened image as 8-bit RGB, upright (EXIF), its first frame where it has several.
+
+    least_size: None, or a width and height that suffice: a JPEG is decoded at 1/2, 1/4 or 1/8 where that has as many.
+    """
+    if least_size:
+        image.draft(None, turn_size(image, least_size))
+    ImageOps.exif_transpose(image, in_place=True)
+    if image.mode.startswith("I"):  # 16 bits a pixel, which convert would clip at 255
+        image = Image.fromarray(np.clip(np.asarray(image) // 257, 0, 255).astype(np.uint8))
+    image.load()  # convert would copy what is RGB already
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def read_image(path):
+    """Decode an image file: decode_image of a path or ShardImage. Raises BadImage for anything unreadable."""
+    with open_image(path) as image:
+        return decode_image(image)
 
 
 def image_to_tensor(image):
@@ -572,10 +915,10 @@ class TrainingSet(Dataset):
     """Samples of a task, augmented; every draw is seeded by (seed, epoch, index), so no worker's state enters it."""
 
     def __init__(self, records, task, config, seed):
-        """records: Records of FORMATS[task]; task: one of TASKS; config: Config; seed: int."""
+        """records: Records of this task; task: one of TASKS; config: Config; seed: int."""
         self.records, self.task, self.seed = records, task, seed
         self.settings, self.files = task_settings(config, task), task_files(config, task)
-        self.max_words = config.data.max_words
+        self.max_words, self.decode_reduced = config.data.max_words, config.data.decode_reduced
 
     def __len__(self):
         return len(self.records)
@@ -600,13 +943,14 @@ class TrainingSet(Dataset):
                 if not text.strip():
                     raise InputError(f"empty {TEXT_KEYS.get(self.task, 'caption')}")
                 targets = self._targets(record)
-                images = [read_image(path) for path in image_paths(record, self.task, self.files)]
+                images = image_paths(record, self.task, self.files)
+                if not self.decode_reduced:  # else decoded once their crops are drawn, since these say how small
+                    images = [read_image(path) for path in images]
+                flip = self.settings.flip and float(torch.rand((), generator=generator)) < 0.5
+                images = [self._augment(image, flip, generator) for image in images]
             except (BadImage, InputError) as error:
-                replaced.append((record["images"][0] if self.task == "nlvr2" else record["image"], str(error)))
+                replaced.append((str(record["images"][0] if self.task == "nlvr2" else record["image"]), str(error)))
                 continue
-            flip = self.settings.flip and float(torch.rand((), generator=generator)) < 0.5
-            images = [softmask.augment_image(image, self.settings.image_size, self.settings.crop_min_area, flip,
-                                             self.settings.randaugment_ops, generator) for image in images]
             if flip:
                 text = softmask.flip_words(text)
                 if "answers" in targets:
@@ -616,6 +960,22 @@ class TrainingSet(Dataset):
             return {"image": image, "text": text, "replaced": replaced} | targets
         path, reason = replaced[-1]
         raise InputError(f"{MAX_TRIES} records in a row are bad, the last {path!r} ({reason}); see train.py check")
+
+    def _augment(self, image, flip, generator):
+        """Crop and augment a PIL image or, with data.decode_reduced, the image of a path, decoded at no more than its
+        crop needs: the same crop, of pixels that differ slightly [ours]."""
+        settings, box = self.settings, None
+        if self.decode_reduced:
+            with open_image(image) as opened:
+                width, height = turn_size(opened, opened.size)
+                left, top, w, h = softmask.crop_box(width, height, settings.crop_min_area, generator)
+                least = [math.ceil(full * settings.image_size / kept) for full, kept in ((width, w), (height, h))]
+                image = decode_image(opened, least)
+            x, y = image.width / width, image.height / height
+            left, top, right, bottom = round(left * x), round(top * y), round((left + w) * x), round((top + h) * y)
+            box = left, top, right - left, bottom - top
+        return softmask.augment_image(image, settings.image_size, settings.crop_min_area, flip,
+                                      settings.randaugment_ops, generator, box)
 
     def _targets(self, record):
         """What a record is trained towards. [ALBEF]
@@ -638,7 +998,7 @@ class TrainingSet(Dataset):
 
 def training_set(config, task):
     """Read the annotation files of a task; returns its TrainingSet."""
-    return TrainingSet(Records.from_json(training_files(config, task), FORMATS[task]), task, config, config.seed)
+    return TrainingSet(Records(training_files(config, task), task), task, config, config.seed)
 
 
 class ShuffledBatches:
@@ -663,7 +1023,7 @@ class ShuffledBatches:
         epoch, step = divmod(self.start_step, self.steps_per_epoch)
         while True:
             generator = torch.Generator().manual_seed(hash63("order", self.seed, epoch))
-            order = torch.randperm(self.size, generator=generator)
+            order = torch.randperm(self.size, dtype=torch.int32, generator=generator)  # half the memory of int64
             for step in range(step, self.steps_per_epoch):
                 for block in self.blocks:
                     start = step * self.global_batch + block * self.batch_size
@@ -708,12 +1068,17 @@ def load_retrieval(path, image_root, max_words):
     ((C,) int64, index into the paths).
     """
     images, captions, image_of_caption = [], [], []
-    for record in Records.from_json([path], FORMATS["retrieval_eval"]):
+    for record in Records([path], "retrieval_eval"):
         texts = texts_of(record, "retrieval")
         captions += [softmask.clean_caption(text, max_words) for text in texts]
         image_of_caption += [len(images)] * len(texts)
         images.append(join_image_path(image_root, record["image"]))
     return images, captions, np.array(image_of_caption, np.int64)
+
+
+def evaluation_layout(task):
+    """The key of FORMATS that a task is evaluated on."""
+    return f"{task}_eval" if f"{task}_eval" in FORMATS else task
 
 
 def evaluation_rows(task, path, config):
@@ -723,7 +1088,7 @@ def evaluation_rows(task, path, config):
     """
     files = getattr(config.data, task)
     max_words = MAX_QUESTION_WORDS if task == "vqa" else config.data.max_words
-    for record in Records.from_json([path], FORMATS.get(f"{task}_eval", FORMATS[task])):
+    for record in Records([path], evaluation_layout(task)):
         paths = image_paths(record, task, files)
         row = {"images": paths} if task == "nlvr2" else {"image": paths[0]}
         row["text"] = clean_text(texts_of(record, task)[0], task, max_words)
@@ -868,8 +1233,8 @@ def check(config, task):
     data, found = config.data, True
     evaluated = "retrieval" if task == "pretrain" else task
     evaluation = task_files(config, evaluated)
-    listed = [(path, task, task_files(config, task), FORMATS[task]) for path in training_files(config, task)]
-    listed += [(path, evaluated, evaluation, FORMATS.get(f"{evaluated}_eval", FORMATS[evaluated]))
+    listed = [(path, task, task_files(config, task), task) for path in training_files(config, task)]
+    listed += [(path, evaluated, evaluation, evaluation_layout(evaluated))
                for path in (evaluation.val, evaluation.test) if path is not None]
     settings = {"model.vision_weights": config.model.vision_weights, "model.text_weights": config.model.text_weights,
                 "data.grounding_boxes": data.grounding_boxes, "data.foils": data.foils}
@@ -878,21 +1243,23 @@ def check(config, task):
             print(f"{key}: {path} is missing")
             found = False
     tokenizer, max_tokens = softmask.load_tokenizer(data.tokenizer), task_settings(config, task).max_tokens
-    for path, kind, files, required in listed:
+    for path, kind, files, layout in listed:
         try:
-            records = Records.from_json([path], required)
+            records = Records([path], layout)
             looked_at = (records[index] for index in range(min(len(records), MAX_CHECKED_IMAGES)))
-            images = dict.fromkeys(image for record in looked_at for image in image_paths(record, kind, files))
-            answers = set(load_answers(files.answers)) if required is FORMATS["vqa"] else None
-            rows = load_grounding(path, config) if required is FORMATS["grounding_eval"] else None
-            if required is FORMATS["vqa_eval"]:
+            images = dict.fromkeys(image for record in looked_at for image in image_paths(record, kind, files)
+                                   if not isinstance(image, ShardImage))  # which is there, since it is in the index
+            answers = set(load_answers(files.answers)) if layout == "vqa" else None
+            rows = load_grounding(path, config) if layout == "grounding_eval" else None
+            if layout == "vqa_eval":
                 load_vqa(path, config)
         except InputError as error:
             print(error)
             found = False
             continue
         missing = [image for image in images if not os.path.exists(image)]
-        print(f"{path}: {len(records)} records; {len(missing)} of {len(images)} images missing")
+        left_out = f"; {records.left_out} samples without a caption left out" * bool(records.left_out)
+        print(f"{path}: {len(records)} records; {len(missing)} of {len(images)} images missing{left_out}")
         for image in missing[:5]:
             print(f"  missing: {image}")
         found = found and not missing
@@ -900,7 +1267,7 @@ def check(config, task):
         order = torch.randperm(len(records), generator=generator)[:MAX_CHECKED_TEXTS].tolist()
         sample = [records[index] for index in order]
         texts = [text for record in sample for text in texts_of(record, kind)][:MAX_CHECKED_TEXTS]
-        max_words = MAX_QUESTION_WORDS if required is FORMATS["vqa_eval"] else data.max_words
+        max_words = MAX_QUESTION_WORDS if layout == "vqa_eval" else data.max_words
         words = [len(clean_text(text, kind, sys.maxsize).split()) for text in texts]
         cleaned = [clean_text(text, kind, max_words) for text in texts]
         truncated = softmask.tokenize(tokenizer, cleaned, max_tokens)["truncated"] if texts else 0

@@ -192,11 +192,7 @@ def resize_pos_embed(pos_embed, grid: int):
 
 
 def init_weights(module, std: float):
-    """Fresh weights from N(0, std), biases 0. [ALBEF] has std 0.02 at width 768
-
-    Text layers take text_init_std, the ViT width^-0.5 [ours]: with 0.02 at width 128 the scenes' R@1 was 1 % after
-    19,000 pairs, with 0.05 it was 6 % after 13,000.
-    """
+    """Fresh weights from N(0, std), biases 0. [ALBEF] has 0.02; text_init_std and the ViT's width^-0.5: [ours]"""
     if isinstance(module, (nn.Linear, nn.Conv2d, nn.Embedding)):
         nn.init.trunc_normal_(module.weight, std=std)
     if isinstance(module, (nn.Linear, nn.Conv2d)):
@@ -523,10 +519,8 @@ def itm_accuracy(logits, labels):
 def check_attention_layer(layer: int, fusion_layers: int):
     """ValueError for no fusion layer, from 0, or the last, where the gradient of a word's row is exactly zero."""
     if not 0 <= layer < fusion_layers - 1:
-        raise ValueError(
-            f"attention_layer {layer} gives no word attention: of {fusion_layers} fusion layers, numbered from 0, "
-            f"only those before the last reach the match score through a word's row; take 0 to {fusion_layers - 2}"
-        )
+        reason = "a word's row of the last fusion layer does not reach the match score"
+        raise ValueError(f"attention_layer {layer} gives no word attention: {reason}; take 0 to {fusion_layers - 2}")
 
 
 def word_attention(attention, match_logit):
@@ -605,7 +599,7 @@ class PretrainModel(TaskModel):
     attention_layer: of the word attention, from 0; None: (fusion_layers - 1) // 2, the third of six [ALBEF].
     mask_text_for: "all": masked text enters ITC, ITM and MLM [paper]; "mlm": MLM alone [ALBEF]; None: there is no MLM,
     and ITC and ITM fine-tune for retrieval and grounding [ALBEF].
-    The queues start empty, and what was never written is no negative. [ours; ALBEF's start as random vectors]
+    The queues start empty, and what was never written is no negative [ours; ALBEF's start as random vectors].
     """
 
     def __init__(
@@ -836,11 +830,11 @@ class VqaModel(TaskModel):
         first_probs = decoder.logits(start).float().softmax(1)[:, candidate_ids[:, 1]]  # (B, C)
         first_probs, index = first_probs.topk(min(k, len(candidate_ids)), dim=1)
         ids, mask = candidate_ids[index].flatten(0, 1), candidate_mask[index].flatten(0, 1)  # (B * k, L), by question
-        real, nll = mask[:, 1:].bool(), torch.zeros(ids[:, 1:].shape, device=ids.device)
-        states = decoder(ids, mask, keys_values, attention_mask)[:, :-1][real]  # (M, D)
-        parts = zip(states.split(4096), ids[:, 1:][real].split(4096))  # 4,096 x V logits at a time: 0.5 GB
+        real, nll = mask[:, 2:].bool(), torch.zeros(ids[:, 2:].shape, device=ids.device)
+        states = decoder(ids[:, :-1], mask[:, :-1], keys_values, attention_mask)[:, 1:][real]  # (M, D)
+        parts = zip(states.split(4096), ids[:, 2:][real].split(4096))  # 4,096 x V logits at a time: 0.5 GB
         nll[real] = torch.cat([F.cross_entropy(decoder.logits(x).float(), y, reduction="none") for x, y in parts])
-        log_p = first_probs.log() - nll.sum(1).view_as(first_probs)
+        log_p = 2 * first_probs.log() - nll.sum(1).view_as(first_probs)
         probs, order = log_p.softmax(1).sort(dim=1, descending=True)
         return index.gather(1, order), probs
 
@@ -852,8 +846,7 @@ def build_model(task: str, vocab_size: int, model: dict, method: dict):
     if task in ("retrieval", "grounding"):  # ALBEF's losses, without MLM
         method = method | {"soft_mask": False, "soft_mask_negatives": False, "focal_gamma": 0.0, "mask_text_for": None}
     if task in ("pretrain", "retrieval", "grounding"):
-        innovations = ("soft_mask", "soft_mask_negatives", "attention_layer", "focal_gamma", "mask_text_for")
-        names = ("queue_size", "momentum", "temp", *innovations)
+        names = "queue_size momentum temp soft_mask soft_mask_negatives attention_layer focal_gamma mask_text_for".split()
         return PretrainModel(encoders, **{name: method[name] for name in names})
     if task == "vqa":
         return VqaModel(encoders, model["fusion_layers"], method["momentum"])
@@ -938,41 +931,51 @@ def randaugment_op(image, name: str, sign: int):
         return PHOTOMETRIC_OPS[name](image)
     if name not in GEOMETRIC_OPS:
         raise ValueError(f"no operation {name!r}; there are {', '.join(RANDAUGMENT_OPS)}")
-    angle, shift, slopes, center = GEOMETRIC_OPS[name]
-    shift, shear = [sign * s for s in shift], [math.degrees(math.atan(sign * slope)) for slope in slopes]
-    return TF.affine(image, sign * angle, shift, 1.0, shear, InterpolationMode.BILINEAR, [128] * 3, center)  # grey
+    (angle, shift, slopes, center), grey = GEOMETRIC_OPS[name], [128] * 3
+    if any(shift):  # TF.affine makes the same pixels many times slower
+        (x, y), (width, height), edge = shift, image.size, max(shift)
+        return TF.crop(TF.pad(image, edge, fill=grey), edge - sign * y, edge - sign * x, height, width)
+    shear = [math.degrees(math.atan(sign * slope)) for slope in slopes]
+    return TF.affine(image, sign * angle, [0, 0], 1.0, shear, InterpolationMode.BILINEAR, grey, center)
 
 
-def augment_image(image, size: int, crop_min_area: float, flip: bool, randaugment_ops: int, generator=None):
-    """Random resized crop, flip, and RandAugment: a PIL image to one of size x size. [ALBEF] dataset/__init__.py
+def uniform(low, high, generator):
+    """A number drawn evenly between low and high."""
+    return low + (high - low) * torch.rand((), generator=generator).item()
 
-    crop_min_area: least share of the area kept, 1 for the whole image, at aspect ratios from 3/4 to 4/3; flip: mirror
-    it (the caller draws this, since the text needs flip_words too); randaugment_ops: how many are drawn, each applied
-    half the time. Copy with: PHOTOMETRIC_OPS, GEOMETRIC_OPS, RANDAUGMENT_OPS, randaugment_op.
-    """
 
-    def uniform(low, high):
-        return low + (high - low) * torch.rand((), generator=generator).item()
-
-    (width, height), left, top = image.size, 0, 0
-    w, h = width, height
+def crop_box(width: int, height: int, crop_min_area: float, generator=None):
+    """Draw the crop of an image of that size: left, top, width, height; crop_min_area as of augment_image. [ALBEF]"""
+    left, top, w, h = 0, 0, width, height
     for _ in range(10):
         if crop_min_area == 1:
             break
-        area = width * height * uniform(crop_min_area, 1.0)
-        ratio = math.exp(uniform(math.log(3 / 4), math.log(4 / 3)))
+        area = width * height * uniform(crop_min_area, 1.0, generator)
+        ratio = math.exp(uniform(math.log(3 / 4), math.log(4 / 3), generator))
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < w <= width and 0 < h <= height:
-            left, top = round(uniform(0, width - w)), round(uniform(0, height - h))
+            left, top = round(uniform(0, width - w, generator)), round(uniform(0, height - h, generator))
             break
     else:  # no such crop fits an image this elongated: its centre
         w, h = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
         left, top = (width - w) // 2, (height - h) // 2
+    return left, top, w, h
+
+
+def augment_image(image, size: int, crop_min_area: float, flip: bool, randaugment_ops: int, generator=None, box=None):
+    """Random resized crop, flip, and RandAugment: a PIL image to one of size x size. [ALBEF] dataset/__init__.py
+
+    crop_min_area: least share of the area kept, 1 for the whole image, at aspect ratios from 3/4 to 4/3; flip: mirror
+    it (the caller draws this, since the text needs flip_words too); randaugment_ops: how many are drawn, each applied
+    half the time; box: a crop as of crop_box, where it is drawn already. Copy with: uniform, crop_box, PHOTOMETRIC_OPS,
+    GEOMETRIC_OPS, RANDAUGMENT_OPS, randaugment_op.
+    """
+    left, top, w, h = box or crop_box(*image.size, crop_min_area, generator)
     image = TF.resized_crop(image, top, left, h, w, [size, size], InterpolationMode.BICUBIC)
     image = TF.horizontal_flip(image) if flip else image
     for _ in range(randaugment_ops):
-        name = RANDAUGMENT_OPS[int(uniform(0, len(RANDAUGMENT_OPS)))]
-        apply, sign = uniform(0, 1) < 0.5, 1 if uniform(0, 1) < 0.5 else -1
+        name = RANDAUGMENT_OPS[int(uniform(0, len(RANDAUGMENT_OPS), generator))]
+        apply, sign = uniform(0, 1, generator) < 0.5, 1 if uniform(0, 1, generator) < 0.5 else -1
         image = randaugment_op(image, name, sign) if apply else image
     return image
 
@@ -1029,8 +1032,8 @@ def load_tokenizer(name):
         try:
             return AutoTokenizer.from_pretrained(name)
         except Exception as error:  # the hub's client raises many kinds
-            reason = f"is no file here and could not be loaded from the hub ({type(error).__name__})"
-            raise ValueError(f"tokenizer {name!r} {reason}; name a vocab.txt") from None
+            reason = f"no file here, nor loaded from the hub ({type(error).__name__}); name a vocab.txt"
+            raise ValueError(f"tokenizer {name!r}: {reason}") from None
     absent = {"[PAD]", "[UNK]", "[CLS]", "[MASK]"} - set(entries)
     if absent:
         raise ValueError(f"{name} is no BERT vocabulary: it lacks {', '.join(sorted(absent))}")
@@ -1173,11 +1176,10 @@ def pair_layers(state: dict, encoders: Encoders) -> dict:
     images = encoders.fusion.images_per_text
     if images == 1 or len(layers) * images != len(encoders.fusion.layers):
         return state
-    paired = {}
-    for key, tensor in state.items():
-        for i in range(images):  # sub leaves the names of other parts as they are
-            paired[pattern.sub(lambda match: f"{match[1]}{images * int(match[2]) + i}{match[3]}", key)] = tensor
-    return paired
+    def renamed(key, i):  # sub leaves the names of other parts as they are
+        return pattern.sub(lambda match: f"{match[1]}{images * int(match[2]) + i}{match[3]}", key)
+
+    return {renamed(key, i): tensor for key, tensor in state.items() for i in range(images)}
 
 
 def start_decoder(encoders: Encoders):
@@ -1203,9 +1205,8 @@ def load_weights(module, state: dict, missing_ok: tuple[str, ...] = ()) -> list[
     missing = [k for k in own if k not in state]
     faults = [f"{k} is missing" for k in missing if not any(re.search(pattern, k) for pattern in missing_ok)]
     faults += [f"{k} is left over" for k in state if k not in own]
-    for k, v in state.items():
-        if k in own and v.shape != own[k].shape:
-            faults.append(f"{k} has shape {tuple(v.shape)}, the model's has {tuple(own[k].shape)}")
+    differing = (k for k, v in state.items() if k in own and v.shape != own[k].shape)
+    faults += [f"{k} has shape {tuple(state[k].shape)}, the model's has {tuple(own[k].shape)}" for k in differing]
     if faults:
         more = f" (and {len(faults) - 6} more)" if len(faults) > 6 else ""
         raise ValueError("the weights do not fit the model: " + "; ".join(faults[:6]) + more)
@@ -1226,11 +1227,6 @@ def read_dict(path) -> dict:
     except Exception as error:  # a broken file raises many kinds
         raise ValueError(f"{path} is no checkpoint that can be read safely ({type(error).__name__})") from None
     return content if isinstance(content, dict) else {}
-
-
-def read_state(path) -> dict:
-    """The tensors of a checkpoint file, see state_of."""
-    return state_of(read_dict(path), path)
 
 
 def state_of(state: dict, path) -> dict:
@@ -1349,9 +1345,9 @@ class Pretrained:
         pieces = self.tokenizer.convert_ids_to_tokens(tokens["input_ids"][0].tolist())
         word_ids, words, maps = tokens["word_ids"][0], [], []
         for word in range(int(word_ids.max()) + 1):
-            index = (word_ids == word).nonzero().flatten()
-            words.append("".join(pieces[i].removeprefix("##") for i in index.tolist()))
-            maps.append(cam[index].mean(0))  # over the pieces of the word
+            own = (word_ids == word).nonzero().flatten().tolist()  # the pieces of the word
+            words.append("".join(pieces[i].removeprefix("##") for i in own))
+            maps.append(cam[own].mean(0))
         grid = self.encoders.vision.grid
         return words, torch.stack(maps).unflatten(1, (grid, grid)) if maps else cam.new_zeros(0, grid, grid)
 
@@ -1390,6 +1386,5 @@ def from_pretrained(path, device: str = "cpu") -> Pretrained:
     model, tokenizer, checkpoint = load_trained(path, device)
     task, config = checkpoint["task"], checkpoint["config"]
     if not isinstance(model, PretrainModel):
-        hint = "take one of pretrain, retrieval or grounding"
-        raise ValueError(f"{path} is a model for {task}, without a match score; {hint}")
+        raise ValueError(f"{path} is a model for {task}: no match score; take one of pretrain, retrieval or grounding")
     return Pretrained(model, tokenizer, config[task]["max_tokens"], config["data"]["max_words"])

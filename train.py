@@ -42,6 +42,7 @@ import warnings
 
 import torch
 import torch.distributed as dist
+import torch.utils.checkpoint
 import transformers
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
@@ -51,7 +52,7 @@ import eval as evaluation
 import softmask
 
 # Settings that do not change what a run computes: a run may go on under other values of them.
-FREE_SETTINGS = {"num_workers", "device", "checkpoint_every_steps", "max_bad_image_share", "eval", "scale"}
+FREE_SETTINGS = {"num_workers", "device", "compile", "checkpointing", "checkpoint_every_steps", "max_bad_image_share", "eval", "scale"}
 
 
 def lr_at(step: int, total_steps: int, task) -> float:
@@ -79,6 +80,26 @@ def parameter_groups(model, task) -> list[dict]:
         {"params": parameters, "weight_decay": decay, "lr_scale": scales.get(part, 1.0)}
         for (part, decay), parameters in groups.items()
     ]
+
+
+def prepare(model, config):
+    """Activation checkpointing and torch.compile, where config has them on: no result changes beyond rounding. [ours]
+
+    Layers are compiled one by one, and the layer of the word attention not at all: torch.autograd.grad takes a gradient
+    in its midst.
+    """
+    if config.compile:
+        torch._functorch.config.donated_buffer = False  # backward passes run twice: for the word attention, for the loss
+        torch._inductor.config.fallback_random = True  # the dropout of a run that is not compiled
+    attending = None
+    if isinstance(model, softmask.PretrainModel) and model.soft_mask:
+        attending = model.encoders.fusion.layers[model.attention_layer]
+    for layer in model.modules():
+        if isinstance(layer, (softmask.VisionBlock, softmask.TextLayer)):
+            if config.compile and layer is not attending:
+                layer.forward = torch.compile(layer.forward, dynamic=isinstance(layer, softmask.TextLayer))
+            if config.checkpointing:
+                layer.forward = functools.partial(torch.utils.checkpoint.checkpoint, layer.forward, use_reentrant=False)
 
 
 def pretrain_losses(model, image, batch, config, special, alpha, generator):
@@ -176,13 +197,14 @@ def train(model, optimizer, loader, config, task, run):
 class Run:
     """The output folder of a run: its log, its checkpoint, its counters. Process 0 alone writes."""
 
-    def __init__(self, out, config, settings, task_name, task, steps_per_epoch, tokenizer, validate):
+    def __init__(self, out, config, settings, task_name, task, steps_per_epoch, digest, tokenizer, validate):
         """settings: config as a dict, as it was before the scenes' folder went in: what the checkpoint holds.
 
-        validate: after each epoch it takes the model and returns metrics, {} where there is nothing to evaluate on.
+        digest: of the annotation files. validate: after each epoch it takes the model and returns metrics, {} where
+        there is nothing to evaluate on.
         """
         self.out, self.config, self.settings, self.task_name = out, config, settings, task_name
-        self.validate = validate
+        self.validate, self.digest = validate, digest
         self.best = None  # {epoch, score, metrics} of the best epoch on val
         self.steps_per_epoch = steps_per_epoch
         self.total_steps = task.epochs * steps_per_epoch
@@ -241,6 +263,8 @@ class Run:
         for name, key in (("pairs a step", "global_batch"), ("steps, from the number of records", "total_steps")):
             if checkpoint.get(key) != getattr(self, key):
                 changed.append(f"{name}: {checkpoint.get(key)} then, {getattr(self, key)} now")
+        if checkpoint.get("digest") != self.digest:
+            changed.append("content of the annotation files")
         if checkpoint["vocab"] != self.vocab:
             changed.append("entries of the tokenizer")
         if changed:
@@ -348,6 +372,7 @@ class Run:
                 "global_batch": self.global_batch,
                 "task": self.task_name,
                 "config": self.settings,
+                "digest": self.digest,
                 "vocab": self.vocab,
                 "versions": {"torch": str(torch.__version__), "transformers": transformers.__version__},
                 "commit": git_commit(),
@@ -469,11 +494,13 @@ def run_task(task_name, config, settings, out):
         with_figures = task_name not in ("pretrain", "nlvr2_pretrain")
         return evaluation.evaluate(task_name, model, tokenizer, config, split, out) if with_figures else {}
 
-    run = Run(out, config, settings, task_name, task, steps_per_epoch, tokenizer, functools.partial(evaluate, "val"))
+    digest, validate = dataset.records.digest, functools.partial(evaluate, "val")
+    run = Run(out, config, settings, task_name, task, steps_per_epoch, digest, tokenizer, validate)
     model.to(device)
     optimizer = torch.optim.AdamW(parameter_groups(model, task), lr=task.lr, fused=True)
     if not run.resume(model, optimizer):
         load_initial_weights(model, config, task_name, run.vocab)
+    prepare(model, config)
     if run.step < run.total_steps:
         count = sum(p.numel() for p in model.parameters() if p.requires_grad)
         say(f"{task_name}: {count / 1e6:.1f}M parameters, {len(dataset)} records, {run.total_steps} steps of "

@@ -1,10 +1,12 @@
 """data.py: settings, annotation files, images and batches, on hand-made files; every error names its file or key."""
 import dataclasses
+import io
 import json
 import math
 import os
 import pickle
 import struct
+import tarfile
 
 import numpy as np
 import pytest
@@ -58,7 +60,7 @@ def pairs(tmp_path):
 
 
 def make_dataset(rows, config, path, seed=0, task="pretrain"):
-    records = data.Records.from_json([write_json(path, rows)], data.FORMATS[task])
+    records = data.Records([write_json(path, rows)], task)
     return data.TrainingSet(records, task, config, seed)
 
 
@@ -238,10 +240,9 @@ def test_records_hold_what_the_files_hold(tmp_path):
             {"image": "b", "caption": ["x", ""]}]
     files = [write_json(tmp_path / "1.json", rows), str(tmp_path / "2.json")]
     (tmp_path / "2.json").write_text(json.dumps(rows[:1], ensure_ascii=False), encoding="utf-8-sig")
-    records = data.Records.from_json(files, data.FORMATS["pretrain"])
+    records = data.Records(files, "pretrain")
     assert len(records) == 3 and list(records) == rows + rows[:1]
     assert list(pickle.loads(pickle.dumps(records))) == list(records)
-    assert records.buffer.dtype == np.uint8 and records.offsets.dtype == np.int64
 
 
 @pytest.mark.parametrize("text, message", [
@@ -254,23 +255,206 @@ def test_records_hold_what_the_files_hold(tmp_path):
     ('[{"image": 3, "caption": "x"}]', r"record 0 \(from 0\): key 'image': wanted str, got int"),
     ('[{"image": "a", "caption": null}]', "key 'caption': wanted str or list, got NoneType"),
     ('[{"image": "a", "caption": ["x", 1]}]', "key 'caption': wanted a list of strings"),
+    ('\n[\n{"image": "a", "caption": "x"}\n{"image"', r"bad.json: not JSON \(line 4: Expecting ',' delimiter"),
+    ('[{"image": "a", "caption": "x"},\n {"image": "b"', r"bad.json: not JSON \(line 2: "),
+    ('[{"image": "a", "caption": "x"}', r"bad.json: not JSON \(line 1: "),
+    ('[{"image": "a", "caption": "x"},]', r"bad.json: not JSON \(line 1: "),
+    ('[{"image": "a", "caption": "x"}]\n[]', r"bad.json: not JSON \(line 2: Extra data"),
+    ('[{"image": "a", "caption": "x", "n": 1' + "0" * 5000 + "}]", r"bad.json: not JSON \(line 1 "),
+    ("", r"bad.json: not JSON \(line 1: Expecting value"),
+    (" \n [ \n ]", "bad.json: wanted a list of one or more records, got \\[\\]"),
+    ("A photograph.\n" * 9, "bad.json: wanted a list of one or more records, got 'A ph"),
 ])
-def test_bad_annotation_file_names_file_and_record(tmp_path, text, message):
+def test_bad_annotation_file_names_file_and_record(tmp_path, monkeypatch, text, message):
     (tmp_path / "bad.json").write_text(text)
-    with pytest.raises(data.InputError, match=message) as error:
-        data.Records.from_json([str(tmp_path / "bad.json")], data.FORMATS["pretrain"])
-    assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+    for chunk_bytes in (data.CHUNK_BYTES, 5):
+        monkeypatch.setattr(data, "CHUNK_BYTES", chunk_bytes)
+        with pytest.raises(data.InputError, match=message) as error:
+            data.Records([str(tmp_path / "bad.json")], "pretrain")
+        assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+
+
+TRICKY = [
+    {"image": "a.jpg", "caption": 'said "]", \\ {[,\u2028 \U0001f600 caf\u00e9 \u00a0 \u0085',
+     "extra": [[{}, [1e5, -0.5]], {"]": {"[": None}}]},
+    {"image": "b", "caption": ["x", "", "\n\t\x7f \u4e2d\u6587"], "caf\u00e9": True}, {"image": "", "caption": []},
+]
+
+
+@pytest.mark.parametrize("chunk_bytes", [3, 4, 5, 7, 16, 61, 1 << 20])
+@pytest.mark.parametrize("layout", [{}, {"ensure_ascii": False}, {"indent": 3}, {"separators": (",", ":")}])
+def test_records_are_what_json_load_gives_wherever_chunks_end(tmp_path, monkeypatch, chunk_bytes, layout):
+    monkeypatch.setattr(data, "CHUNK_BYTES", chunk_bytes)
+    for mark in ("", "\ufeff"):
+        (tmp_path / "a.json").write_text(mark + " \r\n" + json.dumps(TRICKY * 2, **layout) + "\n ", encoding="utf-8")
+        assert list(data.Records([str(tmp_path / "a.json")], "pretrain")) == TRICKY * 2
+
+
+def test_bad_records_show_their_texts_and_long_ones_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "CHUNK_BYTES", 5)
+    path = tmp_path / "a.json"
+    path.write_text('[{"image": "a", "sentence": "x", "label": "n\u00e9"}]', encoding="utf-8")
+    with pytest.raises(data.InputError, match="got 'n\u00e9'"):
+        data.Records([str(path)], "entailment")
+    path.write_bytes('[{"image": "\u00e9\u00e9", "caption": "x"}, '.encode() + b"\xe9]")
+    with pytest.raises(data.InputError, match=r"a.json: not JSON \(no UTF-8 at byte 36\)"):
+        data.Records([str(path)], "pretrain")
+    path.write_bytes(b'[{"image": "a", "caption": "x\xc3')
+    with pytest.raises(data.InputError, match=r"a.json: not JSON \(no UTF-8 at byte 29\)"):
+        data.Records([str(path)], "pretrain")
+    monkeypatch.setattr(data, "MAX_RECORD_BYTES", 50)
+    write_json(path, [{"image": "a", "caption": "x"}, {"image": "a", "caption": "x" * 99}])
+    with pytest.raises(data.InputError, match=r"a.json: not JSON \(line 1: .*\), or a record of over 50 bytes"):
+        data.Records([str(path)], "pretrain")
+
+
+@pytest.fixture
+def kept(tmp_path, monkeypatch):
+    """A folder of the test's own in which the index of every file is kept, however small."""
+    monkeypatch.setattr(data, "INDEX_FOLDER", str(tmp_path / "index"))
+    monkeypatch.setattr(data, "INDEX_KEPT_FROM", 0)
+    return tmp_path / "index"
+
+
+def test_index_is_kept_until_the_file_or_its_format_changes(tmp_path, kept, monkeypatch):
+    made, index_json = [], data.index_json
+    monkeypatch.setattr(data, "index_json", lambda path, *rest: made.append(path) or index_json(path, *rest))
+    rows = [{"image": "a.jpg", "caption": "x", "image_id": 3}, {"image": "b.jpg", "caption": "y", "image_id": 4}]
+    path = write_json(tmp_path / "a.json", rows)
+    first, second, other = (data.Records([path], layout) for layout in ("pretrain", "nlvr2_pretrain", "retrieval"))
+    assert list(first) == list(second) == list(other) == rows and made == [path, path]  # the first two check the same
+    assert isinstance(second.indices[0].offsets, np.memmap) and len(list(kept.iterdir())) == 2
+    assert list(pickle.loads(pickle.dumps(first))) == rows and len(made) == 2
+    assert first.digest == second.digest == other.digest
+    write_json(tmp_path / "new.json", rows[:1])
+    os.replace(tmp_path / "new.json", path)
+    assert list(first) == rows  # still open
+    changed = data.Records([path], "pretrain")
+    assert list(changed) == rows[:1] and len(made) == 3 and changed.digest != first.digest
+    write_json(tmp_path / "b.json", rows)
+    assert data.Records([path, str(tmp_path / "b.json")], "pretrain").digest not in (first.digest, changed.digest)
+
+
+def test_index_stays_in_memory_where_it_cannot_be_kept(tmp_path, kept, capsys):
+    rows = [{"image": "a.jpg", "caption": "x"}]
+    path = write_json(tmp_path / "a.json", rows)
+    kept.write_text("a file where the folder would be")
+    assert list(data.Records([path], "pretrain")) == rows
+    assert "a.json is indexed at every start" in capsys.readouterr().err
+    kept.unlink()
+    data.Records([path], "pretrain")
+    (offsets,) = kept.glob("*/offsets.npy")
+    offsets.write_bytes(b"")
+    with pytest.raises(data.InputError, match=f"{offsets.parent}: cannot be read .*; delete it"):
+        data.Records([path], "pretrain")
+
+
+def test_files_that_change_during_a_run_stop_it(tmp_path):
+    path = write_json(tmp_path / "a.json", [{"image": "a.jpg", "caption": "x"}] * 3)
+    records = data.Records([path], "pretrain")
+    (tmp_path / "a.json").write_text("[")
+    with pytest.raises(data.InputError, match="a.json has changed since this run began"):
+        records[1]
+    for number in (-1, 3):
+        with pytest.raises(IndexError):
+            records[number]
+
+
+# Tar shards
+
+def write_shard(path, members, links=()):
+    """Write a tar file of members {name: bytes} and of links {name: target}."""
+    with tarfile.open(path, "w") as shard:
+        for name, content in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            shard.addfile(member, io.BytesIO(content))
+        for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.DIRTYPE) if links else ():
+            for name, target in dict(links).items():
+                member = tarfile.TarInfo(f"{kind.decode()}{name}")
+                member.type, member.linkname = kind, target
+                shard.addfile(member)
+    return str(path)
+
+
+def jpeg(color, size=(24, 20)):
+    file = io.BytesIO()
+    Image.new("RGB", size, color).save(file, "JPEG")
+    return file.getvalue()
+
+
+RED, BLUE = jpeg("red"), jpeg("blue")
+SAMPLES = {"000.jpg": RED, "000.txt": b"a red dog\n", "000.json": b'{"caption": "not this one"}',
+           "b/../../001.PNG": BLUE, "b/../../001.json": '{"caption": "a caf\u00e9", "sha256": null}'.encode(),
+           "002.webp": BLUE, "003.jpeg": RED, "003.json": b'{"caption": null}', "004.jpg": RED, "004.txt": b" \n",
+           "005.jpg": RED, "005.json": b"[", "006.jpg": RED, "006.txt": b"\xe9", "006.json": b'{"caption": "a cat"}',
+           "007.txt": b"no image", "008.npy": b"x"}
+SHARD_NAMES = ["000.jpg", "b/../../001.PNG", "006.jpg"]  # those with a caption
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_shards_hold_the_samples_that_have_a_caption(tmp_path, kept, monkeypatch, keep):
+    monkeypatch.setattr(data, "INDEX_KEPT_FROM", 0 if keep else 1 << 24)
+    secret = write_shard(tmp_path / "secret.jpg", {})
+    shard = write_shard(tmp_path / "0.tar", SAMPLES, {"x.jpg": secret, "x.txt": secret, "000.jpg": "000.jpg"})
+    empty = write_shard(tmp_path / "1.tar", {})
+    for _ in range(2):
+        records = data.Records([empty, shard, empty], "pretrain")
+        assert [(str(row["image"]), row["caption"]) for row in records] == [
+            (f"{shard}/{name}", caption) for name, caption in zip(SHARD_NAMES, ("a red dog", "a caf\u00e9", "a cat"))]
+        assert records.left_out == 4  # 002 to 005
+        assert [row["image"].open().read() for row in records] == [RED, BLUE, RED]
+        assert data.read_image(records[1]["image"]).getpixel((3, 3))[2] > 250
+        assert [row["image"] for row in pickle.loads(pickle.dumps(records))] == [row["image"] for row in records]
+    assert kept.exists() == keep
+    changed = write_shard(tmp_path / "2.tar", SAMPLES | {"000.txt": b"a red cat\n"})
+    digests = [data.Records([path], "pretrain").digest for path in (shard, changed)]
+    assert len(set(digests)) == 2
+
+
+def test_shards_that_are_not_whole_are_named(tmp_path):
+    noise = np.random.default_rng(0).bytes(5000)
+    path = tmp_path / "0.tar"
+    write_shard(path, {f"{number}.{kind}": noise if kind == "jpg" else b"x"
+                       for number in range(3) for kind in ("jpg", "txt")})
+    whole = path.read_bytes()
+    end = len(whole.rstrip(b"\0")) // 512 * 512 + 512
+    damaged = bytearray(whole)
+    damaged[7000:8000] = bytes(range(250)) * 4
+    for content in (whole[:end], whole[:end - 300], whole[:end - 600], whole[:7000], whole[:100], b"", damaged, noise):
+        path.write_bytes(content)
+        with pytest.raises(data.InputError, match="0.tar: not a whole tar file .*; fetch it again") as error:
+            data.Records([str(path)], "pretrain")
+        assert "\n" not in str(error.value)
+    with pytest.raises(data.InputError, match="none.tar: cannot be read"):
+        data.Records([str(tmp_path / "none.tar")], "pretrain")
+    with pytest.raises(data.InputError, match="0.tar: tar shards are for data.pretrain_files alone"):
+        data.Records([str(path)], "retrieval_eval")
+    with pytest.raises(data.InputError, match=r"x\*.tar: no file matches"):
+        data.Records([str(tmp_path / "x*.tar")], "pretrain")
+
+
+def test_an_interrupted_indexing_goes_on_with_the_next_shard(tmp_path, kept, monkeypatch):
+    for number in range(3):
+        write_shard(tmp_path / f"{number}.tar", SAMPLES if number < 2 else {"0.jpg": RED})
+    (tmp_path / "2.tar").write_bytes(b"cut")
+    with pytest.raises(data.InputError, match="2.tar"):
+        data.Records([str(tmp_path / "*.tar")], "pretrain")
+    write_shard(tmp_path / "2.tar", SAMPLES)
+    made, index_shard = [], data.index_shard
+    monkeypatch.setattr(data, "index_shard", lambda path, *rest: made.append(path) or index_shard(path, *rest))
+    assert len(data.Records([str(tmp_path / "*.tar")], "nlvr2_pretrain")) == 9 and made == [str(tmp_path / "2.tar")]
 
 
 def test_unreadable_annotation_files(tmp_path):
     with pytest.raises(data.InputError, match="none.json: cannot be read"):
-        data.Records.from_json([str(tmp_path / "none.json")], {})
+        data.Records([str(tmp_path / "none.json")], "pretrain")
     (tmp_path / "latin.json").write_bytes('["é"]'.encode("latin-1"))
     with pytest.raises(data.InputError, match="latin.json: not JSON"):
-        data.Records.from_json([str(tmp_path / "latin.json")], {})
+        data.Records([str(tmp_path / "latin.json")], "pretrain")
     path = write_json(tmp_path / "ids.json", [{"image": "a", "caption": "x", "image_id": True}])
     with pytest.raises(data.InputError, match="ids.json: .*'image_id': wanted str or int, got bool"):
-        data.Records.from_json([path], data.FORMATS["retrieval"])
+        data.Records([path], "retrieval")
 
 
 PAIR = {"images": ["a", "b"], "sentence": "x", "label": "True"}
@@ -300,7 +484,7 @@ def test_bad_record_of_a_task_names_its_key(tmp_path, layout, row, message):
     good |= PAIR if layout == "nlvr2" else {}
     path = write_json(tmp_path / "bad.json", [good, row])
     with pytest.raises(data.InputError, match=message) as error:
-        data.Records.from_json([path], data.FORMATS[layout])
+        data.Records([path], layout)
     assert path in str(error.value) and "\n" not in str(error.value)
 
 
@@ -491,6 +675,8 @@ def take(batches, count):
 def test_order_of_the_data_depends_on_the_step_alone():
     whole = take(data.ShuffledBatches(50, 12, 1, 0, 1, 0, 0), 9)  # four steps an epoch, two records dropped
     assert whole[4][0][0] == 1 and whole[3][0][0] == 0
+    order = torch.randperm(50, generator=torch.Generator().manual_seed(data.hash63("order", 0, 0)))  # of 64 bits
+    assert [index for batch in whole[:4] for _, index in batch] == order[:48].tolist()
     for epoch in (0, 1):
         assert len({index for batch in whole[4 * epoch:4 * epoch + 4] for _, index in batch}) == 48
     assert [index for _, index in whole[0]] != [index for _, index in whole[4]]
@@ -526,6 +712,64 @@ def test_batches_are_the_same_for_any_number_of_workers(pairs, tmp_path, tokeniz
         assert batch["input_ids"][0, :4].tolist() == [VOCABULARY.index(word) for word in ("[CLS]", "a", "red", "dog")]
         assert batch["image_ids"].dtype == batch["word_ids"].dtype == torch.int64
     assert [path for batch in runs[0] for path, _ in batch["replaced"]].count("none.png") in (1, 2)
+
+
+def test_batches_of_shards_and_lists_are_the_same_for_any_number_of_workers(pairs, tmp_path, tokenizer, kept):
+    rows, config = pairs
+    shards = [write_shard(tmp_path / f"{number}.tar", SAMPLES) for number in (1, 0)]
+    write_shard(tmp_path / "0.tar", SAMPLES | {"000.jpg": RED[:300]})
+    lists = [write_json(tmp_path / f"{part.start}.json", rows[part]) for part in (slice(0, 3), slice(3, 5))]
+    files = [lists[0], str(tmp_path / "?.tar"), lists[1]]
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, pretrain_files=files))
+    dataset = data.training_set(config, "pretrain")
+    ids = [data.hash63(row["image"]) for row in rows]
+    cut, *good = (data.hash63(f"{shard}/{name}") for shard in shards[::-1] for name in SHARD_NAMES)
+    seen = [dataset[0, index]["image_id"] for index in range(11)]
+    assert seen[:3] + seen[4:] == ids[:3] + good + ids[3:5] and cut not in seen
+    ((path, reason),) = dataset[0, 3]["replaced"]
+    assert path == f"{shards[1]}/000.jpg" and reason.startswith(f"{path}: ")
+    runs = [take(data.make_loader(dataset, data.ShuffledBatches(11, 4, 1, 0, 1, 0, 0), tokenizer, 5, workers), 4)
+            for workers in (0, 2)]
+    for batch, other in zip(*runs):
+        assert batch["replaced"] == other["replaced"] and all(
+            torch.equal(batch[name], other[name]) for name in ("image", "input_ids", "word_ids", "image_ids"))
+
+
+@pytest.mark.parametrize("name, exif_orientation", [("a.jpg", 1), ("a.jpg", 6), ("a.png", 8)])
+def test_reduced_decoding_keeps_crop_and_content(pairs, tmp_path, name, exif_orientation):
+    rows, config = pairs
+    y, x = np.mgrid[:600, :900]
+    waves = [np.sin(x / 40) * np.cos(y / 70), np.cos(x / 90 + y / 60), (x + 2 * y) / 1000 - 1]
+    exif = Image.Exif()
+    exif[0x0112] = exif_orientation
+    picture = Image.fromarray(np.uint8(127.5 + 120 * np.stack(waves, 2)))
+    picture.save(tmp_path / name, exif=exif, **{"quality": 95} if name == "a.jpg" else {})
+    assert not config.data.decode_reduced and data.load_config("paper").data.decode_reduced
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, image_size=64, patch_size=16))
+    config = dataclasses.replace(config, pretrain=dataclasses.replace(config.pretrain, crop_min_area=0.2))
+    reduced = dataclasses.replace(config, data=dataclasses.replace(config.data, decode_reduced=True))
+    row = [{"image": name, "caption": "a red dog"}]
+    plain, small = (make_dataset(row, settings, tmp_path / "r.json") for settings in (config, reduced))
+    differences = []
+    for epoch in range(12):
+        one, two = plain[epoch, 0], small[epoch, 0]
+        assert one["text"] == two["text"] and one["image"].shape == two["image"].shape == (3, 64, 64)
+        differences.append((one["image"].float() - two["image"].float()).abs().mean().item())
+    assert max(differences) == 0 if name == "a.png" else 0 < max(differences) < 3, differences
+    least, size = ((100, 200), (600, 900)) if exif_orientation > 4 else ((200, 100), (900, 600))
+    with data.open_image(str(tmp_path / name)) as image:
+        assert data.turn_size(image, image.size) == size
+        assert data.decode_image(image, least).size == tuple(side // (1 if name == "a.png" else 4) for side in size)
+
+
+def test_reduced_decoding_without_a_reduction_changes_nothing_and_reports_bad_images(pairs, tmp_path):
+    rows, config = pairs
+    rows[3]["image"] = "none.png"
+    reduced = dataclasses.replace(config, data=dataclasses.replace(config.data, decode_reduced=True))
+    plain, small = (make_dataset(rows, settings, tmp_path / "r.json") for settings in (config, reduced))
+    for index in (0, 1, 2):
+        assert torch.equal(plain[0, index]["image"], small[0, index]["image"])
+    assert small[0, 3]["replaced"][0][0] == "none.png"
 
 
 @pytest.mark.parametrize("task", data.TASKS)
@@ -605,6 +849,12 @@ def test_check_counts_what_is_missing_and_cut(pairs, tmp_path, tokenizer, capsys
     assert f"{pretrain}: record 0 (from 0): key 'image_id' is missing" in capsys.readouterr().out
 
     rows[0]["image"], rows[1]["caption"] = "none.png", ["a", "..."]
+    shards = dataclasses.replace(files, pretrain_files=[write_shard(tmp_path / "0.tar", SAMPLES)], max_words=30)
+    assert data.check(dataclasses.replace(config, data=shards), "pretrain")
+    out = capsys.readouterr().out
+    assert "0.tar: 3 records; 0 of 0 images missing; 4 samples without a caption left out" in out
+    assert "of 3 captions 0 are empty" in out
+
     write_json(tmp_path / "p.json", rows)
     (tmp_path / "e.json").write_text("[")
     files = dataclasses.replace(files, foils=str(tmp_path / "foils.json"), max_words=30)

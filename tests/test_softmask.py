@@ -45,6 +45,11 @@ METHOD = dict(
 VOCABULARY = "[PAD] [UNK] [CLS] [SEP] [MASK] a red dog cat ##s on left of the sofa".split()
 
 
+def read_state(path):
+    """The tensors of a file."""
+    return softmask.state_of(softmask.read_dict(path), path)
+
+
 # Builders
 
 
@@ -365,12 +370,12 @@ def random_albef(grid=3, twin=True):
 
 @pytest.fixture(scope="module")
 def saved_bert(tmp_path_factory):
-    """A random BertForMaskedLM, the state saved by its save_pretrained as read_state reads it, and a padded text."""
+    """A random BertForMaskedLM, the state saved by its save_pretrained as state_of reads it, and a padded text."""
     folder = tmp_path_factory.mktemp("bert")
     bert = randomise(BertForMaskedLM(bert_config()))
     bert.save_pretrained(folder)
     batch = make_batch()
-    return bert, softmask.read_state(folder / "model.safetensors"), batch["input_ids"], batch["attention_mask"]
+    return bert, read_state(folder / "model.safetensors"), batch["input_ids"], batch["attention_mask"]
 
 
 def load_bert_layers(encoders, text_embeds, mask):
@@ -409,7 +414,7 @@ def test_bert_model_without_mlm_head(tmp_path):
     bert.save_pretrained(tmp_path)
     encoders = make_encoders(seed=5)
     head = encoders.mlm_head.dense.weight.clone()
-    fresh = softmask.load_bert(encoders, softmask.read_state(tmp_path / "model.safetensors"))
+    fresh = softmask.load_bert(encoders, read_state(tmp_path / "model.safetensors"))
     assert "mlm_head.dense.weight" in fresh and torch.equal(encoders.mlm_head.dense.weight, head)
     batch = make_batch()
     theirs = bert(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], output_hidden_states=True)
@@ -423,7 +428,7 @@ def test_fusion_layers_equal_transformers(tmp_path):
     """Cross-attention layers of a BERT decoder, whose image states are as wide as the text's."""
     bert = randomise(BertModel(bert_config(is_decoder=True, add_cross_attention=True)))
     bert.save_pretrained(tmp_path)
-    state = softmask.read_state(tmp_path / "model.safetensors")
+    state = read_state(tmp_path / "model.safetensors")
     lower = ("encoder.layer.0.crossattention.", "encoder.layer.1.crossattention.")
     encoders = make_encoders(seed=5, vision_width=24)
     softmask.load_bert(encoders, {key: value for key, value in state.items() if not key.startswith(lower)})
@@ -457,7 +462,7 @@ def test_image_encoder_equals_transformers(tmp_path, wrap):
         state = {f"module.{key}": value for key, value in state.items()}
     torch.save({wrap: state} if wrap in ("model", "state_dict") else state, tmp_path / "deit.pth")
     encoders = make_encoders(seed=5)
-    softmask.load_deit(encoders, softmask.read_state(tmp_path / "deit.pth"))
+    softmask.load_deit(encoders, read_state(tmp_path / "deit.pth"))
     image = make_batch()["image"]
     assert (encoders.encode_image(image) - vit(pixel_values=image).last_hidden_state).abs().max() <= 1e-5
 
@@ -482,7 +487,7 @@ def test_albef_checkpoint_of_another_resolution(tmp_path, wrap):
     torch.save({"model": state, "epoch": 3} if wrap == "model" else state, tmp_path / "ALBEF.pth")
     model = make_model(seed=5)
     queue = model.image_queue.clone()
-    assert softmask.load_start(model, softmask.read_state(tmp_path / "ALBEF.pth")) == ([], [])
+    assert softmask.load_start(model, read_state(tmp_path / "ALBEF.pth")) == ([], [])
     for encoders, mark in ((model.encoders, ""), (model.encoders_m, "_m")):
         assert_near(encoders.vision.pos_embed, expected_pos_embed(state[f"visual_encoder{mark}.pos_embed"], 3))
         bert = f"text_encoder{mark}.bert.encoder.layer."
@@ -574,7 +579,7 @@ class Payload:
         return os.mkdir, (str(self.path),)
 
 
-@pytest.mark.parametrize("read", [softmask.read_state, softmask.read_checkpoint, softmask.from_pretrained])
+@pytest.mark.parametrize("read", [read_state, softmask.read_checkpoint, softmask.from_pretrained])
 def test_a_pickle_payload_is_refused_and_not_run(tmp_path, read):
     content = {"model": {"weight": torch.ones(1)}, "config": Payload(tmp_path / "made"), "vocab": ["a"], "step": 1}
     torch.save(content, tmp_path / "bad.pth")
@@ -591,14 +596,14 @@ def test_files_that_are_no_state(tmp_path, content, name):
     path = tmp_path / name
     path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
     with pytest.raises(ValueError, match=name):
-        softmask.read_state(path)
+        read_state(path)
     with pytest.raises(FileNotFoundError):
-        softmask.read_state(tmp_path / f"none.{name}")
+        read_state(tmp_path / f"none.{name}")
 
 
 def test_safetensors_drop_module_prefix(tmp_path):
     save_file({"module.a.module.b": torch.ones(2)}, tmp_path / "x.safetensors")
-    assert list(softmask.read_state(str(tmp_path / "x.safetensors"))) == ["a.module.b"]
+    assert list(read_state(str(tmp_path / "x.safetensors"))) == ["a.module.b"]
 
 
 # Losses

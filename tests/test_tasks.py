@@ -649,7 +649,7 @@ def test_a_model_of_pre_training_is_evaluated_in_what_it_can_do(runs, capsys):
 
 @pytest.mark.parametrize("task", ["vqa", "nlvr2_pretrain", "nlvr2", "entailment"])
 def test_from_pretrained_refuses_a_model_without_a_match_score(task, runs):
-    message = f"is a model for {task}, without a match score; take "
+    message = f"is a model for {task}: no match score; take "
     with pytest.raises(ValueError, match=f"{re.escape(str(runs.out / task))}.* {message}"):
         softmask.from_pretrained(runs.out / task)
 

@@ -112,6 +112,56 @@ def test_other_settings_run(settings, tmp_path):
     assert all(math.isfinite(value) for value in line.values())
 
 
+# Options that change no result
+
+
+def losses_of_50_steps(options):
+    """Losses (50, 4) of pre-training on one batch after the other, dropout and all innovations on."""
+    config = data.resolve_scenes(data.load_config("scenes", [*TINY, "model.dropout=0.1", *options]))
+    task, settings = data.task_settings(config, "pretrain"), data.config_to_dict(config)
+    tokenizer = softmask.load_tokenizer(config.data.tokenizer)
+    torch.manual_seed(0)
+    model = softmask.build_model("pretrain", len(tokenizer), settings["model"], settings["method"]).train()
+    train.prepare(model, config)
+    optimizer = torch.optim.AdamW(train.parameter_groups(model, task), lr=1e-4)
+    loader = iter(data.make_loader(
+        data.training_set(config, "pretrain"), data.ShuffledBatches(96, 8, 1, 0, 1, 0, 0), tokenizer, task.max_tokens, 0
+    ))  # fmt: skip
+    special = tokenizer.mask_token_id, torch.arange(5, len(tokenizer))
+    found = []
+    for step in range(50):
+        model.update_twin()
+        optimizer.zero_grad()
+        losses, _, features = train.task_losses("pretrain", model, next(loader), config, special, 0.4, (0, step, 0))
+        sum(losses.values()).backward()
+        optimizer.step()
+        model.enqueue(*features)
+        found.append([losses[name].item() for name in ("itc", "itm", "soft_itm", "mlm")])
+    return torch.tensor(found)
+
+
+@pytest.fixture(scope="session")
+def plain_losses():
+    return losses_of_50_steps([])
+
+
+def test_checkpointing_changes_no_bit(plain_losses, monkeypatch):
+    calls, recomputed = [], torch.utils.checkpoint.checkpoint
+    monkeypatch.setattr(torch.utils.checkpoint, "checkpoint", lambda *a, **k: calls.append(0) or recomputed(*a, **k))
+    assert torch.equal(losses_of_50_steps(["checkpointing=true"]), plain_losses)
+    assert len(calls) > 50
+
+
+@pytest.mark.parametrize("options", [["compile=true"], ["compile=true", "checkpointing=true"]])
+def test_compilation_changes_rounding_alone(options, plain_losses, monkeypatch):
+    """With the compiler's own backend where PAPER_SCALE is set: that takes minutes and a C++ compiler."""
+    backend, graphs, compiled = "inductor" if os.environ.get("PAPER_SCALE") else "aot_eager", [], torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **k: graphs.append(f) or compiled(f, backend=backend, **k))
+    torch.compiler.reset()
+    torch.testing.assert_close(losses_of_50_steps(options), plain_losses, rtol=1e-3, atol=1e-4)
+    assert len(graphs) == 2 * (2 + 1 + 3) - 1  # of model and twin, less the layer of the word attention
+
+
 # Two processes are one process with two micro-batches
 
 
@@ -248,6 +298,8 @@ def test_resumption_with_other_files_is_refused(tmp_path):
     assert run(tmp_path, *command).status == 0
     file.write_text(json.dumps(rows[:32]))
     assert "steps, from the number of records: 2 then, 4 now" in run(tmp_path, *command).error
+    file.write_text(json.dumps(rows[1:17]))
+    assert "content of the annotation files" in run(tmp_path, *command).error
     file.write_text(json.dumps(rows[:16]))
     vocabulary.write_text("\n".join(words[:-2] + words[:-3:-1]))
     assert "entries of the tokenizer" in run(tmp_path, *command).error

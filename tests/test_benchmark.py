@@ -1,0 +1,48 @@
+"""The benchmark runs, and its count of floating-point operations is what torch counts."""
+import argparse
+import json
+
+import pytest
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import benchmark
+
+SETTINGS = [
+    "pretrain.max_tokens=14", "method={queue_size: 16, mlm_probability: 1.0, distort_blur: 0.0}",  # all tokens masked
+    "model={image_size: 64, patch_size: 8, vision_width: 48, vision_layers: 3, vision_heads: 2, text_width: 32, "
+    "text_layers: 2, fusion_layers: 4, text_heads: 2, embed_dim: 16, dropout: 0.1}",
+]  # fmt: skip
+VOCAB, BATCH = 90, 6
+
+
+def lines_of(capsys, *words):
+    """What the command prints."""
+    tiny = ["--scale", "scenes", "--device", "cpu", "--batch", str(BATCH), "--steps", "1", "--vocab-size", str(VOCAB)]
+    benchmark.main([*words, *tiny, *SETTINGS])
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+@pytest.mark.parametrize("variant", benchmark.VARIANTS)
+def test_flops_by_formula(variant):
+    options = argparse.Namespace(scale="scenes", batch=BATCH, dtype="float32", device="cpu", overrides=SETTINGS)
+    config = benchmark.configure(options, benchmark.VARIANTS[variant])
+    steps = benchmark.Steps(config, VOCAB)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # the others compute scores twice
+        steps(config)
+    assert benchmark.pair_flops(config, VOCAB) == pytest.approx(counter.get_total_flops() / BATCH, rel=1e-3)
+
+
+def test_steps(capsys):
+    full, albef = lines_of(capsys, "step", "--variants", "ALBEF")
+    assert (full["variant"], albef["variant"], full["cost"]) == ("full", "ALBEF", 0)
+    for line in full, albef:
+        assert line["peak_memory_gb"] > line["fixed_state_gb"] > 0 and line["pairs_per_second"] > 0
+
+
+def test_ranking_and_images(capsys, monkeypatch):
+    monkeypatch.setattr(benchmark, "SIDES", (64,))
+    monkeypatch.setattr(benchmark, "FILES", 2)
+    lines = lines_of(capsys, "rerank", "vqa", "images")
+    assert [line["measure"] for line in lines] == ["rerank"] * 2 + ["vqa"] + ["images"] * 2 + ["distortions"]
+    assert all(value > 0 for line in lines for key, value in line.items() if "_per_" in key)
