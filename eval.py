@@ -108,7 +108,7 @@ def image_batches(paths, indices, config, device, multiple=1):
     size = config.eval.batch_size * multiple
     loader = torch.utils.data.DataLoader(dataset, size, num_workers=config.num_workers)
     for start, images in zip(range(0, len(indices), size), loader):
-        yield indices[start : start + size], softmask.normalize(images.to(device).float() / 255)
+        yield indices[start : start + size], softmask.normalize(images.to(device).float().div_(255))
 
 
 def to_device(tokens, device):

@@ -94,14 +94,14 @@ class Attention(nn.Module):
         query = self.split_heads(self.query(x))
         dropout = self.dropout if self.training else 0.0
         probs = None
-        if return_probs:
+        if return_probs or dropout and x.device.type == "cpu":  # where SDPA with dropout is slower than this
             with torch.autocast(x.device.type, enabled=False):  # 8 bits of bf16 are too coarse for Grad-CAM
-                scores = query.float() @ keys.float().transpose(-2, -1) / math.sqrt(query.shape[-1])
+                scores = (query.float() / math.sqrt(query.shape[-1])) @ keys.float().transpose(-2, -1)
                 probs = (scores if mask is None else scores.masked_fill(~mask, -math.inf)).softmax(-1)
                 context = (F.dropout(probs, dropout) @ values.float()).to(values.dtype)
         else:
             context = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, dropout_p=dropout)
-        return self.out(context.transpose(1, 2).flatten(2)), probs
+        return self.out(context.transpose(1, 2).flatten(2)), probs if return_probs else None
 
 
 class Mlp(nn.Module):

@@ -130,7 +130,7 @@ def task_losses(task_name, model, batch, config, special, alpha, seeds):
     device = batch["image"].device
     torch.manual_seed(data.hash63("dropout", *seeds))
     generator = torch.Generator(device).manual_seed(data.hash63("step", *seeds))
-    image = batch["image"].float() / 255
+    image = batch["image"].float().div_(255)
     if task_name == "pretrain":
         return pretrain_losses(model, image, batch, config, special, alpha, generator)
     image, text = softmask.normalize(image), (batch["input_ids"], batch["attention_mask"])
