@@ -93,7 +93,6 @@ class Attention(nn.Module):
         """
         query = self.split_heads(self.query(x))
         dropout = self.dropout if self.training else 0.0
-        probs = None
         if return_probs or dropout and x.device.type == "cpu":  # where SDPA with dropout is slower than this
             with torch.autocast(x.device.type, enabled=False):  # 8 bits of bf16 are too coarse for Grad-CAM
                 scores = (query.float() / math.sqrt(query.shape[-1])) @ keys.float().transpose(-2, -1)
@@ -168,8 +167,7 @@ class VisionTransformer(nn.Module):
 def sincos_pos_embed(grid: int, width: int):
     """Position embedding of a fresh ViT, (grid * grid, width): sines and cosines of row and column. [ours]
 
-    Wavelengths from four times the grid to four patches. From ALBEF's noise of deviation 0.02, drowned by the patch
-    embedding, the scenes' ViT learned slowly where things are.
+    Wavelengths: four grids to four patches. ALBEF's faint noise drowned in the patch embedding; places came late.
     """
     frequency = torch.linspace(math.log(math.pi / 2), math.log(math.pi * grid / 2), max(width // 4, 1)).exp() / grid
     angle = torch.arange(grid)[:, None] * frequency
@@ -230,15 +228,22 @@ class TextLayer(nn.Module):
         x = self.self_norm(x + self.dropout(self.self_attention(x, keys, values, mask)[0]))
         if keys_values is not None:
             keys, values = keys_values
-            if return_probs and image_index is None and len(keys) != len(x):  # probabilities come row by row
-                image_index = torch.arange(len(keys), device=x.device).repeat_interleave(len(x) // len(keys))
-            if image_index is not None:
-                keys, values = (part.index_select(0, image_index) for part in (keys, values))  # (R, H, 1 + N, D / H)
-                keys_mask = None if keys_mask is None else keys_mask[image_index]
-            # without an index the rows of an image are one long query: cross-attention treats queries apart
-            query = x if image_index is not None else x.reshape(len(keys), -1, x.shape[-1])  # (I, R / I * L, D)
-            attended, probs = self.cross_attention(query, keys, values, keys_mask, return_probs)
-            x = self.cross_norm(x + self.dropout(attended.reshape(x.shape)))
+            index = x.new_empty(0, dtype=torch.int64) if image_index is None else image_index
+            ordered = len(x) - len(index)
+            if return_probs and len(x) != len(keys):  # probabilities come row by row
+                first = torch.arange(len(keys), device=x.device).repeat_interleave(ordered // len(keys))
+                index, ordered = torch.cat([first, index]), 0
+            attended = []
+            if ordered:  # an image's rows are one long query, since cross-attention treats queries apart; no copies
+                query = x[:ordered].reshape(len(keys), -1, x.shape[-1])  # (I, rows * L, D)
+                states, probs = self.cross_attention(query, keys, values, keys_mask, return_probs)
+                attended.append(states.reshape(ordered, -1, x.shape[-1]))
+            if len(index):
+                keys, values = (part.index_select(0, index) for part in (keys, values))  # (rows, H, 1 + N, D / H)
+                keys_mask = None if keys_mask is None else keys_mask[index]
+                states, probs = self.cross_attention(x[ordered:], keys, values, keys_mask, return_probs)
+                attended.append(states)
+            x = self.cross_norm(x + self.dropout(torch.cat(attended)))
         return self.mlp_norm(x + self.dropout(self.mlp(x))), probs
 
 
@@ -302,12 +307,14 @@ class FusionEncoder(nn.Module):
         """Fuse R texts text_embeds (R, L, D) with the images they read.
 
         mask (R, L), or (R, L, L) where tokens differ; keys_mask (I, 1 + N), of keys_values: what may be attended.
-        image_index (R,) int64: the image each row reads. None: rows are laid out image by image, R / I rows each.
+        image_index (n,) int64: the images that the last n rows read; those before, or all (None), are laid out image by
+        image, an equal number each.
         cls_only: the last layer makes the state of [CLS] alone, all that a match score reads; the same number, sooner.
         Returns states (R, L, D) or (R, 1, D), and attention_layer's probabilities (R, H, L, 1 + N), float32, or None.
         """
-        if image_index is None and len(text_embeds) % len(keys_values[0][0]):
-            raise ValueError(f"{len(text_embeds)} rows cannot be shared out evenly to {len(keys_values[0][0])} images")
+        ordered = len(text_embeds) - (0 if image_index is None else len(image_index))
+        if ordered % len(keys_values[0][0]):
+            raise ValueError(f"{ordered} rows cannot be shared out evenly to {len(keys_values[0][0])} images")
         attention = None
         mask = (mask if mask.ndim == 3 else mask[:, None])[:, None].bool()
         keys_mask = None if keys_mask is None else keys_mask[:, None, None, :].bool()
@@ -679,7 +686,8 @@ class PretrainModel(TaskModel):
         # ITM: each text with a hard negative image, each image with a hard negative text
         negative_image, image_valid = hard_negatives(sim_t2i, different, generator)
         negative_text, text_valid = hard_negatives(sim_i2t, different, generator)
-        rows = [(own, negative_image, 0, image_valid), (negative_text, own, 0, text_valid)]
+        ordered = [(negative_text, 0, text_valid)]  # rows that read images 0, 1, ... in this order: text, label, valid
+        rows = [(own, negative_image, 0, image_valid)]  # and others: text, image, label, valid
 
         # Soft-masked ITM: images B to 2B - 1 are the soft-masked ones, under the same negatives
         if self.soft_mask:
@@ -689,18 +697,20 @@ class PretrainModel(TaskModel):
             soft_keys_values = student.fusion.soft_mask_keys_values(keys_values, mask)
             both = zip(keys_values, soft_keys_values)  # layer by layer, the keys and values of either kind of images
             all_keys_values = [[torch.cat(parts) for parts in zip(*layer)] for layer in both]
-            rows.append((own, size + own, 1, has_word))
+            ordered.append((own, 1, has_word))
             if self.soft_mask_negatives:
                 rows.append((negative_text, size + own, 0, text_valid & has_word))
                 rows.append((own, size + negative_image, 0, image_valid & has_word[negative_image]))
 
-        text_index, image_index = torch.cat([row[0] for row in rows]), torch.cat([row[1] for row in rows])
-        texts, texts_mask = text_embeds.index_select(0, text_index), attention_mask[text_index]
+        index, image_index = torch.cat([text for text, *_ in ordered + rows]), torch.cat([row[1] for row in rows])
+        texts, texts_mask = text_embeds.index_select(0, index), attention_mask[index]
         fused_rows, _ = student.fuse(texts, texts_mask, all_keys_values, image_index, cls_only=True)
-        logits = torch.cat([match_logits, self.itm_head(fused_rows[:, 0])])
-        labels = torch.cat([torch.ones_like(own)] + [torch.where(valid, label, -100) for _, _, label, valid in rows])
-        plain, soft = slice(0, 3 * size), slice(3 * size, None)
-        losses = {"itc": loss_itc, "itm": itm_loss(logits[plain], labels[plain])}
+        logits = torch.cat([match_logits, self.itm_head(fused_rows[:, 0])]).unflatten(0, (-1, size))  # (kinds, B, 2)
+        labels = (torch.where(valid, label, -100) for *_, label, valid in ordered + rows)
+        labels = torch.stack([torch.ones_like(own), *labels])
+        plain, soft = ([0, 1, 3], [2, *range(4, len(labels))]) if self.soft_mask else ([0, 1, 2], [])
+        plain, soft = ((logits[kinds].flatten(0, 1), labels[kinds].flatten()) for kinds in (plain, soft))
+        losses = {"itc": loss_itc, "itm": itm_loss(*plain)}
 
         # MLM: the same pass, unless the text is masked for it alone
         if self.mask_text_for == "mlm":
@@ -714,10 +724,10 @@ class PretrainModel(TaskModel):
                 mlm_logits_m = twin.mlm_logits(fused_m[masked])  # (M, V)
             losses["mlm"] = mlm_loss(student.mlm_logits(fused[masked]), mlm_logits_m, mlm_labels[masked], alpha)
 
-        stats = {"itm_accuracy": itm_accuracy(logits[plain], labels[plain]), "temp": self.temp.detach().clone()}
+        stats = {"itm_accuracy": itm_accuracy(*plain), "temp": self.temp.detach().clone()}
         if self.soft_mask:
-            losses["soft_itm"] = itm_loss(logits[soft], labels[soft])
-            stats |= {"soft_itm_accuracy": itm_accuracy(logits[soft], labels[soft]), "mask_mean": mask.mean()}
+            losses["soft_itm"] = itm_loss(*soft)
+            stats |= {"soft_itm_accuracy": itm_accuracy(*soft), "mask_mean": mask.mean()}
         return losses, stats, (image_feat_m, text_feat_m, image_ids)
 
 

@@ -923,6 +923,19 @@ def test_rows_of_one_image_as_one_long_query_equal_single_pairs():
         assert_near(encoders.fuse(text_embeds, mask, keys_values, attention_layer=layer)[0], expected)
 
 
+@pytest.mark.parametrize("layer", [None, 1])
+def test_rows_in_order_before_rows_with_an_index_equal_single_pairs(layer):
+    encoders, mask = make_encoders(), make_batch()["attention_mask"][[0, 1, 2, 3, 1, 2]]
+    text_embeds, keys_values = randn(6, 6, 24), encoders.image_keys_values(randn(2, 10, 16, seed=1))
+    expected = encoders.fuse(text_embeds, mask, keys_values, torch.tensor([0, 0, 1, 1, 1, 0]), layer)
+    found = encoders.fuse(text_embeds, mask, keys_values, torch.tensor([1, 0]), layer)
+    assert_near(found[0], expected[0])
+    if layer is not None:
+        assert_near(found[1], expected[1])
+    with pytest.raises(ValueError, match="5 rows cannot be shared out evenly to 2 images"):
+        encoders.fuse(text_embeds, mask, keys_values, torch.tensor([1]), layer)
+
+
 def test_attention_of_a_long_query_has_a_row_a_text():
     """(R, H, L, 1 + N) here too, as FusionEncoder.forward says."""
     encoders, mask, index = make_encoders(), torch.ones(4, 6), torch.tensor([0, 0, 1, 1])
