@@ -706,10 +706,9 @@ class PretrainModel(TaskModel):
         texts, texts_mask = text_embeds.index_select(0, index), attention_mask[index]
         fused_rows, _ = student.fuse(texts, texts_mask, all_keys_values, image_index, cls_only=True)
         logits = torch.cat([match_logits, self.itm_head(fused_rows[:, 0])]).unflatten(0, (-1, size))  # (kinds, B, 2)
-        labels = (torch.where(valid, label, -100) for *_, label, valid in ordered + rows)
-        labels = torch.stack([torch.ones_like(own), *labels])
+        labels = [torch.ones_like(own), *(torch.where(valid, label, -100) for *_, label, valid in ordered + rows)]
         plain, soft = ([0, 1, 3], [2, *range(4, len(labels))]) if self.soft_mask else ([0, 1, 2], [])
-        plain, soft = ((logits[kinds].flatten(0, 1), labels[kinds].flatten()) for kinds in (plain, soft))
+        plain, soft = ((logits[kinds].flatten(0, 1), torch.stack(labels)[kinds].flatten()) for kinds in (plain, soft))
         losses = {"itc": loss_itc, "itm": itm_loss(*plain)}
 
         # MLM: the same pass, unless the text is masked for it alone
