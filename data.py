@@ -510,22 +510,13 @@ class Index:
         return record
 
     def save(self, folder):
-        """Write what load_index reads: a folder that is whole by its existence. OSError: it cannot be written."""
-        os.makedirs(INDEX_FOLDER, exist_ok=True)
-        partial = pathlib.Path(tempfile.mkdtemp(dir=INDEX_FOLDER))
-        try:
+        """Write what load_index reads. OSError: it cannot be written."""
+        with whole_folder(folder) as partial:
             about = {"file": os.path.abspath(self.path), "digest": self.digest, "left_out": self.left_out}
             (partial / "about.json").write_text(json.dumps(about), encoding="utf-8")
             np.save(partial / "offsets.npy", self.offsets)
             if self.rows is not None:
                 (partial / "rows").write_bytes(self.rows)
-            partial.chmod(0o755)
-            os.rename(partial, folder)
-        except OSError:
-            if not os.path.exists(folder):  # else another process was faster, with the same content
-                raise
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
 
 
 digest_of = functools.partial(hashlib.blake2b, digest_size=16)
@@ -904,6 +895,24 @@ def write_atomically(path, content):
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)
+
+
+@contextlib.contextmanager
+def whole_folder(folder):
+    """A new folder to write into, renamed to `folder` at the end: that is whole by its existence, and processes may race."""
+    folder = pathlib.Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = pathlib.Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        yield partial
+        partial.chmod(0o755)
+        try:
+            os.rename(partial, folder)
+        except OSError:
+            if not folder.exists():  # else another process was faster, with the same content
+                raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def hash63(*parts):
@@ -1904,21 +1913,11 @@ def render_scenes(root, level, train, val, test, image_size, seed):
     folder = pathlib.Path(root) / f"{level}-{hashlib.sha256(settings.encode()).hexdigest()[:12]}"
     if folder.exists():
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = pathlib.Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
+    with whole_folder(folder) as partial:
         scenes = {split: write_split(partial, split, draw_split(level, split, count, image_size, seed))
                   for split, count in (("train", train), ("val", val), ("test", test))}
         write_tasks(partial, scenes, level, seed)
         (partial / "vocab.txt").write_text("\n".join(scene_vocabulary()) + "\n", encoding="utf-8")
-        partial.chmod(0o755)
-        try:
-            os.rename(partial, folder)
-        except OSError:
-            if not folder.exists():  # else another process was faster, with the same content
-                raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return folder
 
 
