@@ -379,7 +379,7 @@ def _check_values(config):
         (model.text_width % model.text_heads == 0, "model.text_width must be a multiple of model.text_heads"),
         (not config.nlvr2.flip, "nlvr2.flip must be false: its sentences say left and right of the two images"),
         (method.temp >= 0.001, "method.temp must be at least 0.001"),
-        (all(getattr(config, task).lr > 0 for task in TASKS), "lr of a task must be above 0"),
+        *((getattr(config, task).lr > 0, f"{task}.lr must be above 0") for task in TASKS),
         (layer < model.fusion_layers - 1 or not uses_attention,
          f"method.attention_layer ({layer}) must be below model.fusion_layers - 1 ({model.fusion_layers - 1}): "
          "in the last layer words get no gradient"),

@@ -153,6 +153,7 @@ def test_overrides():
     ("seed=[1", r"seed: '\[1' is not YAML"),
     ("scale=paper", "give it as --scale"),
     ("precision=fp16", "precision: 'fp16' is none of float32, bf16"),
+    ("vqa.lr=0", "vqa.lr must be above 0"),
     ("method.mask_text_for=itc", "method.mask_text_for: 'itc' is none of all, mlm"),
     ("data.scenes.level=hard", "data.scenes.level: 'hard' is none of plain, rich"),
     ("pretrain.batch_size=0", "pretrain.batch_size: 0 is out of range"),
