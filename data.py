@@ -211,6 +211,7 @@ class Config:
     log_every_steps: int
     checkpoint_every_steps: int
     max_bad_image_share: float
+    max_skipped_steps: int
     model: ModelConfig
     method: MethodConfig
     data: DataConfig
@@ -230,7 +231,8 @@ TASKS = tuple(field.name for field in dataclasses.fields(Config) if field.type i
 # A scale that gives one of these replaces it; every other mapping is merged key by key.
 REPLACED_WHOLE = {"data.scenes", "data.retrieval_sets"}
 # Limits, by the last part of the key. A whole number not named in MAY_BE_ZERO is at least 1, every number at least 0.
-MAY_BE_ZERO = {"seed", "epochs", "num_workers", "attention_layer", "randaugment_ops", "warmup_steps", "pictures"}
+MAY_BE_ZERO = {"seed", "epochs", "num_workers", "attention_layer", "randaugment_ops", "warmup_steps", "max_skipped_steps",
+               "pictures"}
 SHARES = ("max_bad_image_share", "dropout", "mlm_probability", "distort_brightness", "distort_contrast", "distort_blur",
           "distort_grayscale", "momentum", "alpha", "crop_min_area")
 LARGEST = dict.fromkeys(SHARES, 1.0) | {"distort_hue": 0.5, "temp": 0.5, "randaugment_ops": 10}

@@ -536,10 +536,10 @@ def word_attention(attention, match_logit):
         G = mean over heads of A * relu(ds/dA), patches only
 
     attention A (B, H, L, 1 + N), float32, with a graph; match_logit s (B,), its own pair's "match" logit.
-    Returns G (B, L, N) float32, detached. It fills no .grad, so DistributedDataParallel never sees it.
+    Returns G (B, L, N) float32, detached, finite where ds/dA overflows (fp16). It fills no .grad, so DDP never sees it.
     """
     (gradient,) = torch.autograd.grad(match_logit.sum(), attention, retain_graph=True)
-    return (attention * gradient.relu()).mean(1)[:, :, 1:].detach()  # (B, H, L, 1 + N) -> (B, L, N)
+    return (attention * gradient.nan_to_num().clamp(0, 1e30)).mean(1)[:, :, 1:].detach()  # (B, H, L, 1 + N) -> (B, L, N)
 
 
 @torch.no_grad()

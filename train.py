@@ -24,6 +24,7 @@ A line of log.jsonl, means over the steps since the line before and over all pro
   alpha              weight of the twin's soft targets       lr                learning rate at this step
   grad_norm          length of the whole gradient, before clipping
   bad_images         records replaced so far, because their image or caption could not be used
+  skipped_steps      steps left out so far, their loss or gradient not being finite; the means are without them
   truncated          share of captions cut at its task's max_tokens
   pairs_per_second   over all processes                      seconds           since this process started
 """
@@ -52,7 +53,8 @@ import eval as evaluation
 import softmask
 
 # Settings that do not change what a run computes: a run may go on under other values of them.
-FREE_SETTINGS = {"num_workers", "device", "compile", "checkpointing", "checkpoint_every_steps", "max_bad_image_share", "eval", "scale"}
+FREE_SETTINGS = {"num_workers", "device", "compile", "checkpointing", "checkpoint_every_steps", "max_bad_image_share",
+                 "max_skipped_steps", "eval", "scale"}
 
 
 def lr_at(step: int, total_steps: int, task) -> float:
@@ -169,7 +171,7 @@ def train(model, optimizer, loader, config, task, run):
             model.clamp_temp()
         model.update_twin()
         optimizer.zero_grad()
-        features = []
+        features, values = [], []
         for micro in range(task.accumulation):
             batch = next(batches)
             run.count(batch)
@@ -179,19 +181,21 @@ def train(model, optimizer, loader, config, task, run):
             with contextlib.nullcontext() if last or world == 1 else wrapped.no_sync():
                 losses, stats, features_m = task_losses(run.task_name, wrapped, batch, config, run.special, alpha, seeds)
                 loss = sum(losses.values())
-                (loss / task.accumulation).backward()
+                values.append({"loss": loss} | {f"loss_{name}": value for name, value in losses.items()} | stats)
+                # one that is not finite makes the whole gradient NaN: so the other processes learn of it
+                finite = sum(values[-1].values()).isfinite()
+                (loss / task.accumulation * torch.where(finite, 1.0, math.nan)).backward()
             features.append(features_m)
-            run.add({"loss": loss} | {f"loss_{name}": value for name, value in losses.items()} | stats)
         norm = torch.nn.utils.clip_grad_norm_(trained, task.clip_norm or math.inf)
-        if not norm.isfinite():  # before it enters the weights
-            raise data.InputError(
-                f"gradient no longer finite in step {step + 1}; the last good state is {run.checkpoint_file}; lower "
-                "lr, or set clip_norm"
-            )
-        optimizer.step()
-        if has_queue:
-            model.enqueue(*(None if part[0] is None else torch.cat(part) for part in zip(*features)))
-        run.step_done({"alpha": alpha, "lr": lr, "grad_norm": norm}, model, optimizer)
+        if norm.isfinite():
+            optimizer.step()
+            if has_queue:
+                model.enqueue(*(None if part[0] is None else torch.cat(part) for part in zip(*features)))
+            for part in [*values, {"grad_norm": norm}]:
+                run.add(part)
+        else:  # before it enters weights, queues and log
+            run.skip(values)
+        run.step_done({"alpha": alpha, "lr": lr}, model, optimizer)
 
 
 class Run:
@@ -214,6 +218,8 @@ class Run:
         ordinary = sorted(set(range(len(self.vocab))) - set(tokenizer.all_special_ids))
         device = evaluation.resolve_device(config)
         self.special = tokenizer.mask_token_id, torch.tensor(ordinary, device=device)
+        self.saved = None  # step of the last checkpoint
+        self.skipped_steps = 0
         self.bad_images, self.seen = 0, 0  # over all processes, up to the last line of the log
         self.sums, self.counts = {}, torch.zeros(3, dtype=torch.float64)  # of this process, since that line
         self.started = self.interval_started = time.perf_counter()
@@ -276,6 +282,7 @@ class Run:
         optimizer.load_state_dict(checkpoint["optimizer"])
         self.step, self.bad_images, self.seen = checkpoint["step"], checkpoint["bad_images"], checkpoint["seen"]
         self.best = checkpoint["best"]
+        self.saved, self.skipped_steps = self.step, checkpoint["skipped_steps"]
 
     def count(self, batch):
         """Count the records of a batch and those of them that were replaced; too many of these stop the run."""
@@ -296,6 +303,27 @@ class Run:
         for name, value in values.items():
             total, count = self.sums.get(name, (0.0, 0))
             self.sums[name] = (total + torch.as_tensor(value).detach(), count + 1)
+
+    def skip(self, values):
+        """Count a step whose gradient is not finite, named after those of the values, of each micro-batch and process,
+        that are not; more than max_skipped_steps stop the run."""
+        names = [name for name in values[0] if name != "loss"]
+        sums = torch.stack([sum(part[name] for part in values) for name in names])
+        infinite = (~sums.isfinite()).float()
+        if evaluation.world_size() > 1:
+            dist.all_reduce(infinite)
+        what = ", ".join(name for name, flag in zip(names, infinite.tolist()) if flag) or "gradient"
+        what = f"step {self.step + 1}: {what} not finite"
+        if self.skipped_steps >= self.config.max_skipped_steps:
+            raise data.InputError(f"{what}; {self.last_good()}; lower lr, set clip_norm, or raise max_skipped_steps")
+        self.skipped_steps += 1
+        if evaluation.rank() == 0:
+            tqdm.write(f"{what}: skipped", file=sys.stderr)
+
+    def last_good(self):
+        """What a run that stops leaves behind, in words."""
+        found = f"the last good checkpoint is {self.checkpoint_file}, of step {self.saved}"
+        return "there is no checkpoint yet" if self.saved is None else found
 
     def step_done(self, values, model, optimizer):
         """After an optimizer step: log every log_every_steps, save every checkpoint_every_steps and at the end."""
@@ -344,7 +372,7 @@ class Run:
         line = {"step": self.step, "epoch": self.step / self.steps_per_epoch}
         line |= {name: float(f"{mean:.6g}") for name, mean in zip(self.sums, means.tolist())}
         now = time.perf_counter()
-        line |= {"bad_images": self.bad_images, "truncated": truncated / pairs}
+        line |= {"bad_images": self.bad_images, "skipped_steps": self.skipped_steps, "truncated": truncated / pairs}
         line |= {"pairs_per_second": round(pairs / (now - self.interval_started), 1)}
         line |= {"seconds": round(now - self.started, 1)}
         self.sums, self.counts, self.interval_started = {}, torch.zeros_like(self.counts), now
@@ -359,9 +387,14 @@ class Run:
 
     def save(self, model, optimizer):
         """Write the checkpoint, whole or not at all; without an optimizer as best.pt."""
+        state = model.state_dict()
+        broken = [name for name, value in state.items() if not value.isfinite().all()]
+        if broken:
+            what = f"step {self.step}: {len(broken)} weights or queues not finite, the first {broken[0]}"
+            raise data.InputError(f"{what}; {self.last_good()}")
         if evaluation.rank() == 0:
             checkpoint = {
-                "model": model.state_dict(),
+                "model": state,
                 "optimizer": optimizer and optimizer.state_dict(),
                 "best": self.best,
                 "step": self.step,
@@ -369,6 +402,7 @@ class Run:
                 "epoch": self.step / self.steps_per_epoch,
                 "seen": self.seen,
                 "bad_images": self.bad_images,
+                "skipped_steps": self.skipped_steps,
                 "global_batch": self.global_batch,
                 "task": self.task_name,
                 "config": self.settings,
@@ -379,6 +413,8 @@ class Run:
             }
             path = self.checkpoint_file if optimizer else self.best_file
             data.write_atomically(path, lambda file: torch.save(checkpoint, file))
+        if optimizer:
+            self.saved = self.step
 
 
 def changed_settings(old: dict, new: dict, prefix: str = "") -> list[str]:

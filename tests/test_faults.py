@@ -1,0 +1,307 @@
+"""Numbers that are not finite, full disks, too little memory, checkpoints that are none: each ends in one clear line."""
+import contextlib
+import errno
+import math
+import os
+import re
+import shutil
+import types
+
+import pytest
+import torch
+
+import commands
+import data
+import eval as evaluation
+import softmask
+import train
+from commands import NO_EVALUATION, TINY, assert_same, assert_same_run, load, read_log, run
+
+SETTINGS = [*TINY, NO_EVALUATION, "model.dropout=0.1"]  # 12 steps, a checkpoint every third
+
+
+def start(*arguments):
+    """train.py in this process."""
+    with evaluation.one_line_errors():
+        train.main([str(argument) for argument in arguments])
+
+
+@pytest.fixture
+def fails(capsys):
+    """Call a function; the one line in which it fails, as train.py and eval.py do."""
+    def call(function, *arguments):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            function(*arguments)
+        lines = [line for line in capsys.readouterr().err.splitlines() if "rror" in line]
+        assert stopped.value.code == 2 and len(lines) == 1 and lines[0].startswith("error: "), lines
+        return lines[0].removeprefix("error: ")
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The run that nothing went wrong in: its folder."""
+    out = tmp_path_factory.mktemp("whole")
+    start("--out", out, *SETTINGS)
+    return out
+
+
+def assert_finite(out):
+    """The checkpoint and the log hold finite numbers alone, and no temporary file is left."""
+    values = [value for value in commands.tensors(load(out)).values() if isinstance(value, torch.Tensor)]
+    assert len(values) > 100 and all(value.isfinite().all() for value in values)
+    assert all(math.isfinite(value) for line in read_log(out) for value in line.values())
+    assert not [name for name in os.listdir(out) if name.endswith(".partial")]
+
+
+# Numbers
+
+
+def spoil_image(model, image, value):
+    image[1, 2, 3, 4] = value
+
+
+def spoil_weight(name):
+    def spoil(model, image, value):
+        model.state_dict()[name].view(-1)[-1] = value
+
+    return spoil
+
+
+def spoil_gradient(model, image, value):
+    weight = model.encoders.text_proj.weight
+    handle = weight.register_hook(lambda gradient: handle.remove() or gradient.index_fill(0, torch.tensor(0), value))
+
+
+@pytest.fixture
+def inject(monkeypatch):
+    """Let a fault happen as a step's (numbered from 1) losses are computed: before the image is normalised, or part."""
+    def prepare(faults):
+        """faults: {step: (spoil, value)}, or {step: name of a loss part, which gains an infinite constant}."""
+        monkeypatch.undo()
+        task_losses, normalize, micro = train.task_losses, softmask.normalize, types.SimpleNamespace(fault=None)
+
+        def faulty_losses(task_name, model, batch, config, special, alpha, seeds):
+            micro.fault, micro.model = faults.get(seeds[1] + 1), model
+            losses, *rest = task_losses(task_name, model, batch, config, special, alpha, seeds)
+            if isinstance(micro.fault, str):
+                losses[micro.fault] = losses[micro.fault] + math.inf  # its gradient stays finite
+            return losses, *rest
+
+        def faulty_normalize(image):
+            image = normalize(image)
+            if isinstance(micro.fault, tuple):
+                spoil, value = micro.fault
+                with torch.no_grad():
+                    spoil(micro.model, image, value)
+            return image
+
+        monkeypatch.setattr(train, "task_losses", faulty_losses)
+        monkeypatch.setattr(softmask, "normalize", faulty_normalize)
+
+    return prepare
+
+
+EVERY = "loss_itc, loss_itm, loss_mlm, loss_soft_itm"
+FAULTS = {
+    "image": (spoil_image, EVERY),
+    "weight of the image encoder": (spoil_weight("encoders.vision.patch_embed.weight"), EVERY),
+    "weight of the matching head": (spoil_weight("itm_head.weight"), "loss_itm, loss_soft_itm"),
+    "weight of the MLM head": (spoil_weight("encoders.mlm_head.bias"), "loss_mlm"),
+    "weight of the twin": (spoil_weight("encoders_m.image_proj.weight"), "loss_itc"),
+    "temperature": (spoil_weight("temp"), "loss_itc, temp"),
+    "gradient": (spoil_gradient, "gradient"),
+}
+
+
+@pytest.mark.parametrize("fault, value", [*((fault, math.nan) for fault in FAULTS), ("image", -math.inf),
+                                          ("weight of the matching head", math.inf), ("gradient", math.inf)])  # fmt: skip
+def test_a_number_that_is_not_finite_stops_the_run(fault, value, whole, inject, fails, tmp_path, monkeypatch):
+    spoil, parts = FAULTS[fault]
+    inject({5: (spoil, value)})
+    line = fails(start, "--out", tmp_path, *SETTINGS)
+    last = f"the last good checkpoint is {tmp_path / 'checkpoint.pt'}, of step 3"
+    assert line.startswith(f"step 5: {parts} not finite; {last}; lower lr")
+    assert len(read_log(tmp_path)) == 4 and load(tmp_path)["step"] == 3
+    assert_finite(tmp_path)
+    if fault == "image":
+        monkeypatch.undo()
+        start("--out", tmp_path, *SETTINGS)
+        assert_same_run(tmp_path, whole)
+
+
+def test_an_infinite_temperature_is_not_clamped_away(inject, fails, tmp_path):
+    inject({5: (spoil_weight("temp"), math.inf)})  # for which all losses and gradients are finite
+    assert fails(start, "--out", tmp_path, *SETTINGS).startswith("step 5: temp not finite")
+
+
+def test_a_weight_that_no_loss_reads_does_not_enter_the_checkpoint(inject, fails, tmp_path):
+    name = "encoders.text.embeddings.position.weight"  # of place 40, where no text reaches
+    inject({5: (spoil_weight(name), math.nan)})
+    line = fails(start, "--out", tmp_path, *SETTINGS)
+    assert line.startswith(f"step 6: 2 weights or queues not finite, the first {name}; the last good checkpoint")
+    assert load(tmp_path)["step"] == 3
+    assert_finite(tmp_path)
+
+
+@pytest.mark.parametrize("task", data.TASKS)
+def test_every_task_names_its_losses(task, inject, fails, tmp_path):
+    inject({2: (lambda model, image, value: image.fill_(value), math.nan)})
+    line = fails(start, task, "--out", tmp_path, *SETTINGS, f"{task}.start=null")
+    parts = {"pretrain": EVERY, "vqa": "loss_vqa", "nlvr2_pretrain": "loss_ta", "nlvr2": "loss_cls", "entailment": "loss_cls"}
+    assert line.startswith(f"step 2: {parts.get(task, 'loss_itc, loss_itm')} not finite; there is no "
+                           "checkpoint yet; ")  # fmt: skip
+    assert os.listdir(tmp_path) and not (tmp_path / "checkpoint.pt").exists() and len(read_log(tmp_path)) == 1
+
+
+def test_skipped_steps_change_nothing_are_counted_and_resumed(inject, fails, tmp_path, monkeypatch, capsys):
+    faults = {2: "itc", 5: (spoil_image, math.nan), 8: (spoil_gradient, math.inf)}
+    settings = [*SETTINGS, "max_skipped_steps=3"]
+    inject(faults)
+    start("--out", tmp_path / "whole", *settings)
+    said = capsys.readouterr().err
+    assert [line for line in said.splitlines() if "skipped" in line] == [
+        "step 2: loss_itc not finite: skipped", f"step 5: {EVERY} not finite: skipped", "step 8: gradient not finite: skipped"]
+    log = read_log(tmp_path / "whole")
+    assert [line["skipped_steps"] for line in log] == [0, 1, 1, 1, 2, 2, 2, 3, 3, 3, 3, 3]
+    for line in log:
+        assert ("loss" in line) == ("grad_norm" in line) == (line["step"] not in faults)
+    assert_finite(tmp_path / "whole")
+    assert load(tmp_path / "whole")["model"]["queue_written"] == 9 * 8
+    assert [state["step"] for state in load(tmp_path / "whole")["optimizer"]["state"].values()] == [9] * len(
+        load(tmp_path / "whole")["optimizer"]["state"])
+
+    for limit in (2, 1):  # ends in step 8, resumed from 6
+        line = fails(start, "--out", tmp_path / "killed", *SETTINGS, f"max_skipped_steps={limit}")
+        assert line.startswith("step 8: gradient not finite; the last good") and len(read_log(tmp_path / "killed")) == 7
+    start("--out", tmp_path / "killed", *settings)
+    assert_same_run(tmp_path / "killed", tmp_path / "whole")
+    assert load(tmp_path / "killed")["skipped_steps"] == 3
+
+
+def test_a_skipped_step_leaves_weights_and_queues_as_they_were(inject, tmp_path, monkeypatch):
+    states, step_done = [], train.Run.step_done
+
+    def spy(run, values, model, optimizer):
+        states.append({name: value.clone() for name, value in model.state_dict().items() if not name.startswith("encoders_m")})
+        step_done(run, values, model, optimizer)
+
+    inject({2: (spoil_image, math.nan)})
+    monkeypatch.setattr(train.Run, "step_done", spy)
+    start("--out", tmp_path, *SETTINGS, "max_skipped_steps=1", "log_every_steps=3", "pretrain.accumulation=2")
+    assert_same(states[0], states[1])
+    assert not torch.equal(states[1]["itm_head.weight"], states[2]["itm_head.weight"])
+    assert [line["skipped_steps"] for line in read_log(tmp_path)] == [1, 1]  # a line of steps 1 and 3
+    assert_finite(tmp_path)
+
+
+ONE_RANK = """
+import math, sys, torch, train
+def faulty(*arguments):
+    losses, *rest = task_losses(*arguments)
+    step, block = arguments[-1][1:]
+    if (step + 1, block) == (5, 1):
+        losses["mlm"] = losses["mlm"] + math.inf
+    return losses, *rest
+task_losses, train.task_losses = train.task_losses, faulty
+with train.evaluation.one_line_errors():
+    train.main(sys.argv[1:])
+"""
+"""A train.py in which one micro-batch or process has, in step 5, an infinite part of the loss with a finite gradient."""
+
+
+def test_processes_agree_on_a_loss_that_is_not_finite_in_one(tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(ONE_RANK)
+    arguments = [program, "--out", tmp_path / "two", *SETTINGS, "pretrain.batch_size=4", "model.dropout=0.0"]
+    result = run(tmp_path, *arguments, "--fresh", processes=2)
+    line = f"error: step 5: loss_mlm not finite; the last good checkpoint is {tmp_path / 'two'}"
+    assert result.status == [2, 2] and result.err.count(line) == 2, result.err
+    assert_finite(tmp_path / "two")
+    result = run(tmp_path, *arguments, "max_skipped_steps=1", processes=2)  # goes on from step 3
+    assert result.status == [0, 0] and "goes on from step 3" in result.out, result.err
+    assert result.err.count("step 5: loss_mlm not finite: skipped") == 1
+    arguments[2] = tmp_path / "one"
+    result = run(tmp_path, *arguments, "pretrain.accumulation=2", "max_skipped_steps=1")
+    assert result.status == 0, result.err
+    logs = [read_log(tmp_path / name) for name in ("one", "two")]
+    for line, other in zip(*logs, strict=True):
+        assert line["skipped_steps"] == other["skipped_steps"] == int(line["step"] >= 5)
+        assert ("loss" in line) == ("loss" in other) == (line["step"] != 5)
+        assert line.get("loss", 0) == pytest.approx(other.get("loss", 0), rel=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e3, 6e4])
+def test_grad_cam_in_half_precision_is_never_nan(dtype, scale):
+    """Attention of exact zeros and ones; gradients of the match score that vanish, or overflow to infinity, in fp16."""
+    generator = torch.Generator().manual_seed(0)
+    scores = 200 * torch.randn(3, 2, 5, 1 + 9, generator=generator)
+    scores[0, :, 1] = 0.0
+    attention = scores.softmax(-1).requires_grad_()
+    values = torch.randn(3, 2, 10, 4, generator=generator)
+    weight = scale * torch.randn(4, 2, generator=generator)
+    with torch.autocast("cpu", dtype):
+        hidden = (attention @ values).sum((1, 2)) @ (scale * torch.eye(4))  # (B, 4)
+        logits = hidden @ weight
+    (gradient,) = torch.autograd.grad(logits[:, 1].sum(), attention, retain_graph=True)
+    assert gradient.isfinite().all() == (dtype == torch.bfloat16 or scale < 1e3)
+    cam = softmask.word_attention(attention, logits[:, 1].float())
+    picked = torch.zeros(3, 5, dtype=torch.bool)
+    picked[:, 1:3] = True
+    mask = softmask.soft_mask(cam, picked)
+    assert cam.dtype == mask.dtype == torch.float32
+    assert (attention == 0).any() and cam.isfinite().all() and (cam >= 0).all()
+    assert mask.isfinite().all() and (mask >= 0).all() and (mask <= 1).all()
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    """A small model of pre-training, its settings, and a batch of 6 pairs as task_losses takes it."""
+    config = data.resolve_scenes(data.load_config("scenes", SETTINGS))
+    tokenizer = softmask.load_tokenizer(config.data.tokenizer)
+    sampler = data.ShuffledBatches(96, 6, 1, 0, 1, 0, 0)
+    batch = next(iter(data.make_loader(data.training_set(config, "pretrain"), sampler, tokenizer, 25, 0)))
+    batch = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
+    return config, batch, (tokenizer.mask_token_id, torch.arange(5, len(tokenizer))), len(tokenizer)
+
+
+@pytest.mark.parametrize("gamma", [0.5, 1.0, 2.0, 4.0])
+@pytest.mark.parametrize("temp", [0.001, 0.5])
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_losses_and_gradients_at_both_clamps_of_the_temperature(precision, temp, gamma, tiny):
+    config, batch, special, vocab_size = tiny
+    overrides = [*SETTINGS, f"method.focal_gamma={gamma}", f"method.temp={temp}", f"precision={precision}"]
+    config = data.load_config("scenes", overrides)
+    settings = data.config_to_dict(config)
+    torch.manual_seed(0)
+    model = softmask.build_model("pretrain", vocab_size, settings["model"], settings["method"]).train()
+    with torch.no_grad():
+        model.temp.copy_(10.0 if temp == 0.5 else -1.0)
+        model.clamp_temp()
+        assert model.temp.item() == pytest.approx(temp)
+        for parameter in model.encoders.parameters():
+            parameter.mul_(4 if parameter.ndim > 1 else 1)  # else all features are alike
+        model.encoders_m.load_state_dict(model.encoders.state_dict())
+    for step in range(3):  # the queues fill: features of this very batch, p rounds to 0 and to 1
+        losses, _, features = train.task_losses("pretrain", model, batch, config, special, 0.4, (0, step, 0))
+        model.zero_grad()
+        sum(losses.values()).backward()
+        model.enqueue(*features)
+        assert all(value.isfinite() for value in losses.values()), losses
+        assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 2.0, 4.0])
+@pytest.mark.parametrize("temp", [0.001, 0.5])
+def test_focal_loss_at_both_clamps_where_features_agree_oppose_and_tie(temp, gamma):
+    feats = torch.eye(4)[[0, 0, 1, 2]] * torch.tensor([1.0, 1.0, 1.0, -1.0])[:, None]
+    for other in (feats, -feats, feats[:1].expand(4, -1)):
+        image, text = feats.clone().requires_grad_(), other.clone().requires_grad_()
+        clamped = torch.tensor(temp, requires_grad=True)
+        loss, *_ = softmask.focal_itc_loss(image, text, feats, other, other, feats, clamped, 0.4, gamma)
+        loss.backward()
+        assert loss.isfinite() and loss >= 0
+        assert all(part.grad.isfinite().all() for part in (image, text, clamped))
