@@ -892,11 +892,27 @@ def write_atomically(path, content):
     content: bytes, or a function that writes to the open binary file it is given.
     """
     partial = f"{path}.partial"
-    with open(partial, "wb") as file:
-        content(file) if callable(content) else file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    try:
+        with writing(path), open(partial, "wb") as file:
+            content(file) if callable(content) else file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        with contextlib.suppress(OSError):  # that of a full disk would stay in the way
+            os.remove(partial)
+
+
+@contextlib.contextmanager
+def writing(path):
+    """An OSError within names path: of a full disk it names no file, and torch.save hides it behind one of its own."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        cause = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(cause, OSError):
+            raise
+        raise OSError(cause.errno, f"cannot be written: {cause.strerror or cause}", str(path)) from None
 
 
 @contextlib.contextmanager
@@ -906,7 +922,8 @@ def whole_folder(folder):
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = pathlib.Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        yield partial
+        with writing(folder):
+            yield partial
         partial.chmod(0o755)
         try:
             os.rename(partial, folder)

@@ -377,7 +377,8 @@ class Run:
         line |= {"seconds": round(now - self.started, 1)}
         self.sums, self.counts, self.interval_started = {}, torch.zeros_like(self.counts), now
         if evaluation.rank() == 0:
-            with open(os.path.join(self.out, "log.jsonl"), "a", encoding="utf-8") as file:
+            path = os.path.join(self.out, "log.jsonl")
+            with data.writing(path), open(path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
             shown = {name.removeprefix("loss_"): value for name, value in line.items()
                      if name.startswith("loss_") or name in ("itm_accuracy", "accuracy", "temp")}  # fmt: skip

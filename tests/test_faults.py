@@ -305,3 +305,101 @@ def test_focal_loss_at_both_clamps_where_features_agree_oppose_and_tie(temp, gam
         loss.backward()
         assert loss.isfinite() and loss >= 0
         assert all(part.grad.isfinite().all() for part in (image, text, clamped))
+
+
+# Disk
+
+
+@pytest.fixture
+def file_limit():
+    """Set the size in bytes that no file may grow beyond; None: no limit."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (before[0] if size is None else size, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.fixture
+def before_step(monkeypatch):
+    """Call a function as a step (from 1) begins."""
+    def prepare(step, function):
+        task_losses = train.task_losses
+
+        def hooked(*arguments):
+            if arguments[-1][1] + 1 == step:
+                function()
+            return task_losses(*arguments)
+
+        monkeypatch.setattr(train, "task_losses", hooked)
+
+    return prepare
+
+
+FULL = "[Errno 28] cannot be written: No space left on device: "
+LARGE = "[Errno 27] cannot be written: File too large: "
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
+@pytest.mark.parametrize("kind", ["cut in the midst", "full at the end"])
+def test_disk_full_during_a_checkpoint(kind, whole, before_step, file_limit, fails, tmp_path, monkeypatch):
+    path = tmp_path / "checkpoint.pt"
+    limited = kind == "cut in the midst"
+    before_step(6, lambda: file_limit(100_000) if limited else os.symlink("/dev/full", f"{path}.partial"))
+    line = fails(start, "--out", tmp_path, *SETTINGS)
+    file_limit(None)
+    assert line == (LARGE if limited else FULL) + repr(str(path))
+    assert path.stat().st_size > 200_000 and load(tmp_path)["step"] == 3
+    assert sorted(os.listdir(tmp_path)) == [".lock", "checkpoint.pt", "log.jsonl"]
+    monkeypatch.undo()
+    start("--out", tmp_path, *SETTINGS)
+    assert_same_run(tmp_path, whole)
+
+
+def test_disk_full_during_a_line_of_the_log(whole, before_step, file_limit, fails, tmp_path, monkeypatch):
+    path = tmp_path / "log.jsonl"
+    before_step(5, lambda: file_limit(path.stat().st_size + 40))
+    line = fails(start, "--out", tmp_path, *SETTINGS)
+    file_limit(None)
+    assert line == LARGE + repr(str(path))
+    assert len(read_log(tmp_path)) == 4 and len(path.read_text().splitlines()[4]) == 40  # a line cut short
+    monkeypatch.undo()
+    start("--out", tmp_path, *SETTINGS)
+    assert_same_run(tmp_path, whole)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
+def test_disk_full_during_the_metrics(whole, fails, tmp_path):
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "metrics.json").unlink()
+    os.symlink("/dev/full", tmp_path / "metrics.json.partial")
+    assert fails(start, "--out", tmp_path, *SETTINGS) == FULL + repr(str(tmp_path / "metrics.json"))
+    assert sorted(os.listdir(tmp_path)) == [".lock", "checkpoint.pt", "log.jsonl"]
+    start("--out", tmp_path, *SETTINGS)
+    assert (tmp_path / "metrics.json").read_text() == (whole / "metrics.json").read_text()
+    assert_same_run(tmp_path, whole)
+
+
+def test_disk_full_as_the_scenes_are_rendered(file_limit, fails, tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "HERE", str(tmp_path))
+    file_limit(300)  # a picture has more
+    line = fails(start, "--out", tmp_path / "out", *SETTINGS)
+    assert line.startswith(LARGE) and str(tmp_path / "data" / "scenes" / "plain-") in line
+    assert os.listdir(tmp_path / "data" / "scenes") == []
+
+
+def test_read_only_output_folder(whole, fails, tmp_path, monkeypatch):
+    shutil.copytree(whole, tmp_path / "out")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    opened = open
+
+    def read_only(path, mode="r", *arguments, **named):
+        if str(path).startswith(str(tmp_path)) and mode[0] != "r":
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+        return opened(path, mode, *arguments, **named)
+
+    monkeypatch.setattr("builtins.open", read_only)
+    for more in ([], ["--fresh"]):
+        line = fails(start, "--out", tmp_path / "out", *SETTINGS, *more)
+        assert line == f"[Errno 30] Read-only file system: {str(tmp_path / 'out' / '.lock')!r}"
+    monkeypatch.undo()
+    assert before == {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
