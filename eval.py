@@ -807,15 +807,26 @@ def main(arguments):
         print(format_metrics(metrics))
 
 
+OUT_OF_MEMORY = "out of memory|allocate (shared )?memory|alloc_failed|bad_alloc"  # as torch and CUDA say it
+
+
 @contextlib.contextmanager
 def one_line_errors():
-    """Turn a user's mistake into one line on stderr and exit status 2; end the process group either way."""
+    """Turn a user's mistake, or a lack of memory, into one line on stderr and exit status 2; end the process group."""
     try:
         yield
-    except (ValueError, OSError) as error:  # InputError is a ValueError
+    except (ValueError, OSError, MemoryError, RuntimeError) as error:  # InputError is a ValueError
         # an error from a loader worker carries that worker's traceback and its class in front of its own line
-        line = (str(error).strip() or type(error).__name__).splitlines()[-1]
-        print(f"error: {line.removeprefix('data.InputError: ')}", file=sys.stderr)
+        lines = (str(error).strip() or type(error).__name__).splitlines()
+        line = lines[-1].removeprefix("data.InputError: ")
+        if not isinstance(error, ValueError):
+            lack = [text for text in lines if re.search(OUT_OF_MEMORY, text, re.IGNORECASE)]
+            if lack or isinstance(error, MemoryError):
+                line = f"out of memory ({(lack or lines)[-1][:200]}); lower batch_size, and raise accumulation instead, or "
+                line += "set checkpointing=true; in evaluation lower eval.batch_size"
+            elif isinstance(error, RuntimeError):
+                raise
+        print(f"error: {line}", file=sys.stderr)
         sys.exit(2)
     finally:
         if dist.is_initialized():

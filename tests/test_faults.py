@@ -403,3 +403,61 @@ def test_read_only_output_folder(whole, fails, tmp_path, monkeypatch):
         assert line == f"[Errno 30] Read-only file system: {str(tmp_path / 'out' / '.lock')!r}"
     monkeypatch.undo()
     assert before == {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+
+
+# Memory
+
+
+def allocate(*_, tokenizer=None, max_tokens=None):
+    torch.empty(1 << 60, dtype=torch.uint8)
+
+
+def out_of_gpu_memory(*_, tokenizer=None, max_tokens=None):
+    text = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.10 GiB of which 1.38 GiB is free."
+    raise torch.OutOfMemoryError(f"{text}\nSee the documentation\n")
+
+
+def refused_fork(*_, tokenizer=None, max_tokens=None):
+    raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+
+def no_memory(*_, tokenizer=None, max_tokens=None):
+    raise MemoryError
+
+
+@pytest.mark.parametrize("in_worker, fault, said", [
+    (False, allocate, "allocate memory: you tried to allocate 1152921504606846976 bytes"),
+    (True, allocate, "allocate memory: you tried to allocate 1152921504606846976 bytes"),
+    (False, out_of_gpu_memory, "CUDA out of memory. Tried to allocate 2.00 GiB"),
+    (False, refused_fork, "Cannot allocate memory"),
+    (True, no_memory, "MemoryError"),
+])  # fmt: skip
+def test_out_of_memory_says_what_to_lower(in_worker, fault, said, fails, tmp_path, monkeypatch):
+    monkeypatch.setattr(*((data, "_collate") if in_worker else (train, "task_losses")), fault)
+    line = fails(start, "--out", tmp_path, *SETTINGS, f"num_workers={int(in_worker)}")
+    assert re.match(r"out of memory \(.*\); lower batch_size, and raise accumulation instead, or set checkpointing=true", line)
+    assert said in line and len(line) < 400
+
+
+def test_out_of_memory_for_the_whole_process(tmp_path):
+    """The system's own limit, in a process of its own: 16 MB more than it has as training begins."""
+    pytest.importorskip("resource")
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import re, resource, sys, train\n"
+        "def limited(*arguments):\n"
+        "    used = int(re.search(r'VmSize:\\s+(\\d+) kB', open('/proc/self/status').read())[1]) << 10\n"
+        "    resource.setrlimit(resource.RLIMIT_AS, (used + (16 << 20), resource.RLIM_INFINITY))\n"
+        "    return whole(*arguments)\n"
+        "whole, train.train = train.train, limited\n"
+        "with train.evaluation.one_line_errors():\n"
+        "    train.main(sys.argv[1:])\n"
+    )
+    sizes = "model={vision_width: 256, vision_heads: 4}"
+    result = run(tmp_path, program, "--out", tmp_path / "out", *SETTINGS, sizes, "pretrain.batch_size=96")
+    assert result.error.startswith("out of memory (") and "checkpointing=true" in result.error
+
+
+def test_an_error_of_our_own_keeps_its_traceback():
+    with pytest.raises(RuntimeError, match="shapes"), evaluation.one_line_errors():
+        raise RuntimeError("shapes do not fit")
