@@ -729,6 +729,9 @@ def tabulate(runs) -> str:
 
 def describe(path, checkpoint):
     """Print a line that says what a checkpoint is."""
+    missing = {"epoch", "commit"} - checkpoint.keys()
+    if missing:
+        raise data.InputError(f"{path} is no checkpoint of this version: it lacks {', '.join(sorted(missing))}")
     config, task = checkpoint["config"], checkpoint["task"]
     files = ", ".join(data.task_files(data.config_from_dict(config, path), task).train)
     print(

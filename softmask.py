@@ -1384,9 +1384,9 @@ def load_trained(path, device: str = "cpu"):
     try:
         sizes = config["model"] | {"image_size": config[task]["image_size"] or config["model"]["image_size"]}
         model = build_model(task, len(vocab), sizes, config["method"] | {"queue_size": 0})
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{path}: the settings in the checkpoint are not those of this version: {error}") from None
-    load_weights(model, {key: value for key, value in checkpoint["model"].items() if "queue" not in key}, ("queue",))
+        load_weights(model, {key: value for key, value in checkpoint["model"].items() if "queue" not in key}, ("queue",))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is no checkpoint of this version: {error}") from None
     return model.to(device).eval(), load_tokenizer(vocab), checkpoint
 
 

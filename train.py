@@ -238,9 +238,18 @@ class Run:
 
         The log is cut to the checkpoint's step: a kill leaves lines beyond it, and may cut the last one.
         """
-        found = os.path.isfile(self.checkpoint_file)
+        found = os.path.exists(self.checkpoint_file)
         if found:
-            self.load(model, optimizer, softmask.read_checkpoint(self.checkpoint_file))
+            checkpoint = softmask.read_checkpoint(self.checkpoint_file)
+            try:
+                self.load(model, optimizer, checkpoint)
+            except data.InputError:
+                raise
+            except (AttributeError, KeyError, TypeError, ValueError) as error:
+                raise data.InputError(
+                    f"{self.checkpoint_file} is no checkpoint of this version ({error!r}); give --out another folder, or "
+                    "--fresh to start over"
+                ) from None
         device = evaluation.resolve_device(self.config)
         steps = softmask.gather(torch.tensor([self.step], device=device)).tolist()
         if len(set(steps)) > 1:

@@ -461,3 +461,123 @@ def test_out_of_memory_for_the_whole_process(tmp_path):
 def test_an_error_of_our_own_keeps_its_traceback():
     with pytest.raises(RuntimeError, match="shapes"), evaluation.one_line_errors():
         raise RuntimeError("shapes do not fit")
+
+
+# Checkpoints that are none
+
+
+class Payload:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def newer(checkpoint, folder):
+    checkpoint["config"]["method"]["sharper"] = 1.5
+    checkpoint["secret"] = {"of": "a newer version"}
+
+
+def renamed(checkpoint, folder):
+    for name in ("optimizer", "best", "epoch", "model"):
+        checkpoint[f"new_{name}"] = checkpoint.pop(name)
+
+
+def unknown_part(checkpoint, folder):
+    checkpoint["model"]["encoders.fusion.gate.weight"] = torch.ones(2)
+
+
+def another_shape(checkpoint, folder):
+    checkpoint["model"]["itm_head.weight"] = torch.ones(2, 7)
+    checkpoint["model"].pop("temp")
+
+
+def another_task(checkpoint, folder):
+    checkpoint["task"] = "dream"
+
+
+def no_config(checkpoint, folder):
+    checkpoint["config"] = ["nothing"]
+
+
+def payload(checkpoint, folder):
+    checkpoint["config"]["seed"] = Payload(folder / "made")
+
+
+UNSAFE = "checkpoint.pt is no checkpoint that can be read safely"
+LACKS = "checkpoint.pt was not written by train.py: it lacks model, config, vocab, step or task"
+NONE = "no such file, and no folder with best.pt or checkpoint.pt"
+CHECKPOINTS = {  # what each of resume, --start, eval.py and from_pretrained says; "": it takes it
+    newer: ("method.sharper: 1.5 then, None now", "", "checkpoint.pt: method.sharper is no setting; the nearest is", ""),
+    renamed: (LACKS, "checkpoint.pt holds no state dict of tensors", LACKS, LACKS),
+    unknown_part: ("checkpoint.pt is no checkpoint of this version (.*encoders.fusion.gate.weight is left over",)
+    + ("checkpoint.pt: .*encoders.fusion.gate.weight is left over",)
+    + ("checkpoint.pt is no checkpoint of this version: .*encoders.fusion.gate.weight is left over",) * 2,
+    another_shape: ("checkpoint.pt is no checkpoint of this version (.*temp is missing; itm_head.weight has shape (2, 7)",)
+    + ("checkpoint.pt: .*itm_head.weight has shape (2, 7)",)
+    + ("checkpoint.pt is no checkpoint of this version: .*itm_head.weight has shape (2, 7)",) * 2,
+    another_task: ("task: dream then, pretrain now", "", *["checkpoint.pt is no checkpoint of this version: 'dream'"] * 2),
+    no_config: ("checkpoint.pt is no checkpoint of this version (", "", *["checkpoint.pt is no checkpoint of this version"] * 2),
+    payload: (UNSAFE,) * 4,
+    "cut": (UNSAFE,) * 4,
+    "empty": (UNSAFE,) * 4,
+    "folder": ("Is a directory: .*checkpoint.pt", *[NONE] * 3),
+}
+
+
+@pytest.mark.parametrize("kind", CHECKPOINTS, ids=lambda kind: getattr(kind, "__name__", kind))
+def test_a_checkpoint_that_is_none_of_ours(kind, whole, fails, tmp_path):
+    """For resuming, for --start, for eval.py --checkpoint and for softmask.from_pretrained."""
+    path, broken = tmp_path / "broken" / "checkpoint.pt", tmp_path / "broken"
+    broken.mkdir()
+    content = (whole / "checkpoint.pt").read_bytes()
+    if kind == "folder":
+        path.mkdir()
+    elif isinstance(kind, str):
+        path.write_bytes(content[: len(content) * 2 // 3 if kind == "cut" else 0])
+    else:
+        checkpoint = load(whole)
+        kind(checkpoint, tmp_path)
+        torch.save(checkpoint, path)
+    before = path.is_file() and path.read_bytes()
+    calls = [
+        (start, "--out", broken, *SETTINGS),
+        (start, "--out", tmp_path / "out", "--start", broken, *SETTINGS, "pretrain.epochs=0"),
+        (evaluate, "masks", "--checkpoint", broken, *SETTINGS),
+    ]
+    for call, said in zip(calls, CHECKPOINTS[kind]):
+        if said:
+            assert re.search(pattern(said), fails(*call)), call
+        else:
+            call[0](*call[1:])
+    said = CHECKPOINTS[kind][3]
+    wanted = pytest.raises((ValueError, OSError), match=pattern(said)) if said else contextlib.nullcontext()
+    with wanted:
+        softmask.from_pretrained(path if path.is_file() else broken)
+    assert not (tmp_path / "made").exists()
+    assert before == (path.is_file() and path.read_bytes())
+
+
+def pattern(text):
+    """A regular expression of a text in which .* stands for anything."""
+    return ".*".join(map(re.escape, text.split(".*")))
+
+
+def evaluate(*arguments):
+    """eval.py in this process."""
+    with evaluation.one_line_errors():
+        evaluation.main([str(argument) for argument in arguments])
+
+
+def test_a_checkpoint_of_another_task_is_not_resumed(whole, fails, tmp_path):
+    shutil.copy(whole / "checkpoint.pt", tmp_path)
+    line = fails(start, "vqa", "--out", tmp_path, *SETTINGS, "vqa.start=null")
+    assert "task: pretrain then, vqa now" in line and "--fresh to start over" in line
+
+
+def test_best_pt_in_the_place_of_the_checkpoint_is_one_line(whole, fails, tmp_path):
+    torch.save(load(whole) | {"optimizer": None}, tmp_path / "checkpoint.pt")
+    assert "checkpoint.pt is no checkpoint of this version" in fails(start, "--out", tmp_path, *SETTINGS)
