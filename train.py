@@ -293,6 +293,15 @@ class Run:
         self.best = checkpoint["best"]
         self.saved, self.skipped_steps = self.step, checkpoint["skipped_steps"]
 
+    def start_over(self):
+        """Delete what a run before left in the folder: only once data, model and start are known to be good."""
+        if evaluation.world_size() > 1:
+            dist.barrier()  # a process may still read them
+        if evaluation.rank() == 0:
+            for name in ("checkpoint.pt", "best.pt", "log.jsonl", "metrics.json", "answers_val.json", "answers_test.json"):
+                with contextlib.suppress(FileNotFoundError):
+                    os.remove(os.path.join(self.out, name))
+
     def count(self, batch):
         """Count the records of a batch and those of them that were replaced; too many of these stop the run."""
         for path, reason in batch["replaced"]:
@@ -520,8 +529,8 @@ def load_initial_weights(model, config, task_name, vocab):
         model.encoders_m.load_state_dict(encoders.state_dict())
 
 
-def run_task(task_name, config, settings, out):
-    """Train a task, then evaluate. Returns the steps done and the metrics; arguments as of Run."""
+def run_task(task_name, config, settings, out, fresh):
+    """Train a task, then evaluate. Returns the steps done and the metrics; fresh: start over; others as of Run."""
     task, device = data.task_settings(config, task_name), evaluation.resolve_device(config)
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, image_size=task.image_size))
     tokenizer = softmask.load_tokenizer(config.data.tokenizer)
@@ -544,8 +553,10 @@ def run_task(task_name, config, settings, out):
     run = Run(out, config, settings, task_name, task, steps_per_epoch, digest, tokenizer, validate)
     model.to(device)
     optimizer = torch.optim.AdamW(parameter_groups(model, task), lr=task.lr, fused=True)
-    if not run.resume(model, optimizer):
+    if fresh or not run.resume(model, optimizer):
         load_initial_weights(model, config, task_name, run.vocab)
+    if fresh:
+        run.start_over()
     prepare(model, config)
     if run.step < run.total_steps:
         count = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -619,14 +630,11 @@ def main(arguments):
         return 0 if data.check(config, options.task) else 1
     os.makedirs(options.out, exist_ok=True)
     with locked(options.out):
-        if options.fresh and evaluation.rank() == 0:
-            for name in ("checkpoint.pt", "best.pt", "log.jsonl", "metrics.json", "answers_val.json", "answers_test.json"):
-                with contextlib.suppress(FileNotFoundError):
-                    os.remove(os.path.join(options.out, name))
+        fresh = options.fresh and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"  # torchrun's restarts go on
         if evaluation.world_size() > 1:
             dist.barrier()
         settings = data.config_to_dict(options.config)
-        step, metrics = run_task(options.task, config, settings, options.out)
+        step, metrics = run_task(options.task, config, settings, options.out, fresh)
         if evaluation.rank() == 0:
             result = {"task": options.task, "scale": config.scale, "seed": config.seed, "step": step}
             result |= {"settings": settings, "metrics": metrics}

@@ -581,3 +581,49 @@ def test_a_checkpoint_of_another_task_is_not_resumed(whole, fails, tmp_path):
 def test_best_pt_in_the_place_of_the_checkpoint_is_one_line(whole, fails, tmp_path):
     torch.save(load(whole) | {"optimizer": None}, tmp_path / "checkpoint.pt")
     assert "checkpoint.pt is no checkpoint of this version" in fails(start, "--out", tmp_path, *SETTINGS)
+
+
+# --fresh
+
+
+def snapshot(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("typo", [
+    ["data.pretrain_files=[none.json]"], ["data.tokenizer=none/vocab.txt"], ["--start", "none.pt"],
+    ["model.vision_weights=none.pth"], ["pretrain.batch_size=500"], ["--start", "broken.pt"], ["pretrain.max_tokens=41"],
+])  # fmt: skip
+def test_fresh_deletes_nothing_where_the_new_run_cannot_begin(typo, whole, fails, tmp_path, monkeypatch):
+    shutil.copytree(whole, tmp_path / "out")
+    before = snapshot(tmp_path / "out")
+    (tmp_path / "broken.pt").write_bytes((whole / "checkpoint.pt").read_bytes()[:5000])
+    monkeypatch.chdir(tmp_path)
+    fails(start, "--fresh", "--out", tmp_path / "out", *SETTINGS, *typo)
+    assert snapshot(tmp_path / "out") == before
+
+
+def test_fresh_starts_over_before_its_first_step(whole, before_step, tmp_path):
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "best.pt").write_bytes(b"of the run before")
+    seen = []
+    before_step(1, lambda: seen.append(sorted(os.listdir(tmp_path))))
+    start("--fresh", "--out", tmp_path, *SETTINGS)
+    assert seen == [[".lock"]]
+    assert_same_run(tmp_path, whole)
+
+
+def test_fresh_may_start_from_what_it_replaces(whole, tmp_path, capsys):
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    start("--fresh", "--out", tmp_path, "--start", tmp_path / "checkpoint.pt", *SETTINGS, "pretrain.epochs=0")
+    assert f"starts from {tmp_path / 'checkpoint.pt'}" in capsys.readouterr().out
+    old, new = load(whole), load(tmp_path)
+    assert new["step"] == 0 and torch.equal(old["model"]["itm_head.weight"], new["model"]["itm_head.weight"])
+
+
+def test_fresh_holds_for_the_first_of_torchruns_starts(whole, tmp_path, monkeypatch, capsys):
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")  # as torchrun sets it after it has started a lost process again
+    start("--fresh", "--out", tmp_path, *SETTINGS)
+    assert "finished:" in capsys.readouterr().out
+    assert_same_run(tmp_path, whole)
