@@ -660,7 +660,10 @@ def headline(metrics: dict) -> dict[str, float]:
 
 
 def read_runs(folders) -> dict:
-    """The metrics.json in and below folders, {task: [(settings, seed, figures)]}; of the settings those that differ."""
+    """The metrics.json in and below folders, {task: [(settings, seed, figures)]}; of the settings those that differ.
+
+    Settings that only ever change together are one: {"method.distort_blur, method.distort_hue": "0.5, 0.1"}.
+    """
     files = sorted({file for folder in folders for file in pathlib.Path(folder).rglob("metrics.json")})
     if not files:
         raise data.InputError(f"no metrics.json in {', '.join(map(str, folders))}, which a run writes at its end")
@@ -676,8 +679,15 @@ def read_runs(folders) -> dict:
             runs.setdefault(run["task"], []).append((settings, settings.pop("seed"), figures))
     for task, found in runs.items():
         keys = dict.fromkeys(key for settings, _, _ in found for key in settings)
-        differing = [key for key in keys if len({settings.get(key) for settings, _, _ in found}) > 1]
-        runs[task] = [({key: row.get(key) for key in differing}, seed, figures) for row, seed, figures in found]
+        together = {}  # which runs share a value of it -> the settings of which the same runs do
+        for key in keys:
+            values = [settings.get(key) for settings, _, _ in found]
+            together.setdefault(tuple(values.index(value) for value in values), []).append(key)
+        differing = [names for pattern, names in together.items() if any(pattern)]
+        runs[task] = [
+            ({", ".join(names): ", ".join(str(row.get(name)) for name in names) for names in differing}, seed, figures)
+            for row, seed, figures in found
+        ]
     return runs
 
 
