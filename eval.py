@@ -117,14 +117,10 @@ def to_device(tokens, device):
 
 
 @torch.no_grad()
-def retrieval_scores(model, tokenize, paths, captions, config):
-    """Similarities of a gallery by ITC, and the ITM scores of the top k in both directions.
+def similarities(model, tokenize, paths, captions, config):
+    """Similarities of a gallery by ITC, sim (I, T) float32, and of each text its states (length, D), on the CPU.
 
-    Returns sim (I, T) float32, and scores_i2t (I, T), scores_t2i (T, I): "match" logits of the pairs in the top k of
-    their image or text by ITC, -inf elsewhere. k is eval.top_k, at most the gallery. [ALBEF] Retrieval.py
-    The pairs of both directions are grouped by image, whose keys and values are projected once. No image state is kept
-    (COCO 5K at 384 pixels: 8.9 GB); each image is encoded once for ITC and once for ITM. Images are dealt out to the
-    processes; every process returns all scores.
+    Images are dealt out to the processes, each encoded once; every process returns all.
     """
     device, encoders = model.temp.device, model.encoders
     mine = list(range(rank(), len(paths), world_size()))
@@ -140,10 +136,22 @@ def retrieval_scores(model, tokenize, paths, captions, config):
             text_feat.append(encoders.text_feat(embeds))
             lengths = tokens["attention_mask"].sum(1).tolist()
             text_states += [state[:length] for state, length in zip(embeds.cpu(), lengths)]
-    if world_size() > 1:
-        dist.all_reduce(image_feat)
-    sim = image_feat @ torch.cat(text_feat).T  # (I, T)
+    return share(image_feat) @ torch.cat(text_feat).T, text_states
 
+
+@torch.no_grad()
+def retrieval_scores(model, tokenize, paths, captions, config):
+    """Similarities of a gallery by ITC, and the ITM scores of the top k in both directions.
+
+    Returns sim (I, T) float32, and scores_i2t (I, T), scores_t2i (T, I): "match" logits of the pairs in the top k of
+    their image or text by ITC, -inf elsewhere. k is eval.top_k, at most the gallery. [ALBEF] Retrieval.py
+    The pairs of both directions are grouped by image, whose keys and values are projected once. No image state is kept
+    (COCO 5K at 384 pixels: 8.9 GB); each image is encoded once for ITC and once for ITM. Images are dealt out to the
+    processes; every process returns all scores.
+    """
+    device, encoders = model.temp.device, model.encoders
+    mine = list(range(rank(), len(paths), world_size()))
+    sim, text_states = similarities(model, tokenize, paths, captions, config)
     k_text, k_image = min(config.eval.top_k, len(captions)), min(config.eval.top_k, len(paths))
     wanted_i2t = torch.zeros_like(sim, dtype=torch.bool).scatter_(1, sim.topk(k_text, 1).indices, True)
     wanted_t2i = torch.zeros_like(sim, dtype=torch.bool).scatter_(0, sim.topk(k_image, 0).indices, True)
@@ -554,6 +562,26 @@ def evaluate_pretrained(model, tokenizer, config, out, split="test"):
     return metrics
 
 
+def watch_pretraining(tokenizer, config, out):
+    """A function of a model and its step: it returns R@1 by ITC on val, {txt_r1, img_r1}, and draws out/masks_STEP.png,
+    the soft masks of val's first caption. Random numbers of training are left as they are."""
+    settings = config.data.retrieval_sets[config.data.retrieval]
+    paths, captions, image_of_text = data.load_retrieval(settings.val, settings.image_root, config.data.max_words)
+    max_tokens = config.pretrain.max_tokens
+    tokenize = functools.partial(softmask.tokenize, tokenizer, max_tokens=max_tokens)
+
+    def watch(model, step):
+        model.eval()
+        sim, _ = similarities(model, tokenize, paths, captions, config)
+        metrics = retrieval_metrics(sim, sim.T, torch.from_numpy(image_of_text).to(sim.device))
+        if rank() == 0 and len(model.encoders.fusion.layers) > 1:
+            api = softmask.Pretrained(model, tokenizer, max_tokens, config.data.max_words)
+            draw_masks(api, [(paths[0], captions[0])], os.path.join(out, f"masks_{step}.png"), 78, f"step {step}: ")
+        return {name: metrics[name] for name in ("txt_r1", "img_r1")}
+
+    return watch
+
+
 def format_metrics(metrics: dict) -> str:
     """The results as a table to read."""
     lines = []
@@ -591,11 +619,11 @@ def heat(value):
     return (np.clip(np.stack([3 * value, 3 * value - 1, 3 * value - 2], -1), 0, 1) * 255).astype(np.uint8)
 
 
-def draw_masks(api, pairs, path, side=192):
+def draw_masks(api, pairs, path, side=192, title=""):
     """A sheet of pictures: a row a pair, the image, then for each word its soft mask laid over the image.
 
-    api: softmask.Pretrained; pairs: (image path, text). Bright = relevant = hidden most in the soft-masked image. Written
-    as PNG to path.
+    api: softmask.Pretrained; pairs: (image path, text); title: stands before each text. Bright = relevant = hidden
+    most in the soft-masked image. Written as PNG to path.
     """
     rows = []
     font = ImageFont.load_default(14)
@@ -615,7 +643,7 @@ def draw_masks(api, pairs, path, side=192):
             grey = np.asarray(image.convert("L"), dtype=np.float32)[..., None].repeat(3, -1)
             mixed = 0.45 * grey + 0.55 * heat(value).astype(np.float32)
             cells.append((Image.fromarray(mixed.astype(np.uint8)), word))
-        rows.append((text, cells))
+        rows.append((title + text, cells))
     caption_height, label_height, gap = 20, 20, 4
     width = max(len(cells) for _, cells in rows) * (side + gap) + gap
     row_height = caption_height + side + label_height + gap
