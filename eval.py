@@ -4,6 +4,7 @@
     python eval.py pretrain --scale flickr8k --checkpoint DIR data.retrieval=flickr8k
     python eval.py masks --checkpoint DIR --image photo.jpg --text "a dog on a red sofa"
     python eval.py table DIR...                                # finished runs side by side, what each setting does
+    python eval.py curve DIR...                                # losses and R@1 while training: a picture in DIR
 
 Metrics, percentages from 0 to 100 unless said otherwise:
   zero_shot, reranked   retrieval by ITC alone (itc once fine-tuned), and with the top k re-ranked by ITM, under ALBEF's
@@ -659,6 +660,85 @@ def draw_masks(api, pairs, path, side=192, title=""):
     data.write_atomically(path, lambda file: sheet.save(file, "PNG"))
 
 
+def draw_curves(logs, names, path, width=900, height=330):
+    """Training as a picture: loss parts, and R@1 by ITC on val where the logs have it, against pairs seen.
+
+    logs: of each run the lines of its log.jsonl; names: of the runs, each lighter than the one before. Written as PNG.
+    """
+    sheet, font = Image.new("RGB", (2 * width, 2 * height), "white"), ImageFont.load_default(26)  # halved at the end
+    pen, colors = ImageDraw.Draw(sheet), ((31, 119, 180), (214, 39, 40), (255, 127, 14), (44, 160, 44))
+    rounds = [digit * 10.0**power for power in range(-4, 15) for digit in (1, 2, 5)]
+    fields = dict.fromkeys(name for log in logs for line in log for name in line)
+    panels = [("loss, logarithmic", [name for name in fields if name.startswith("loss_")]),
+              ("R@1 by ITC on val, %", [name for name in ("txt_r1", "img_r1") if name in fields])]  # fmt: skip
+    panels = [panel for panel in panels if panel[1]]
+    for number, (title, shown) in enumerate(panels):
+        left, right = (2 * width * (number + end) // len(panels) for end in (0, 1))
+        left, right, top, bottom = left + 100, right - 40, 70, 2 * height - 150
+        curves = [(i, run, [(line["pairs"], line[name]) for line in log if name in line])
+                  for i, name in enumerate(shown) for run, log in enumerate(logs)]  # fmt: skip
+        xs, ys = zip(*(point for *_, points in curves for point in points))
+        logarithmic = title.startswith("loss")  # the parts differ tenfold
+        low, high = max(min(ys), 1e-4) if logarithmic else 0, max(*ys, 1e-3)
+
+        def place(x, y):
+            up = math.log(max(y, low) / low) / max(math.log(high / low), 1e-9) if logarithmic else y / high
+            return left + (right - left) * x / max(xs), bottom - (bottom - top) * up
+
+        x_step, y_step = (next(step for step in rounds if largest < 7 * step) for largest in (max(xs), high))
+        for y in [y for y in rounds if low <= y <= high] if logarithmic else np.arange(0, high, y_step):
+            pen.line([place(0, y), place(max(xs), y)], (221, 221, 221), 2)
+            pen.text((left - 12, place(0, y)[1]), f"{y:g}", "black", font, "rm")
+        for x in np.arange(0, max(xs), x_step):
+            pen.text((place(x, high)[0], bottom + 14), f"{x:g}", "black", font, "mt")
+        pen.line([(left, top), (left, bottom), (right, bottom)], "black", 2)
+        pen.text(((left + right) / 2, bottom + 52), "pairs seen", "black", font, "mt")
+        pen.text((left, 18), title, "black", font)
+        for i, run, points in reversed(curves):
+            color = tuple(round(255 - (255 - part) * (1 - 0.65 * run / len(logs))) for part in colors[i % 4])
+            parts = np.array_split(points, min(len(points), 200) or 1)  # more would be a band, not a line
+            points = [place(*np.mean(part, axis=0)) for part in parts if len(part)]
+            pen.line(points, color, 5, "curve")
+            for x, y in points if len(points) < 40 and not logarithmic else []:
+                pen.ellipse([x - 6, y - 6, x + 6, y + 6], color)
+        legend = right
+        for i, name in reversed(list(enumerate(shown))):
+            pen.text((legend, 18), name.removeprefix("loss_"), colors[i % 4], font, "ra")
+            legend -= pen.textlength(name.removeprefix("loss_"), font) + 30
+    if len(logs) > 1:
+        pen.text((20, 2 * height - 40), f"dark to light: {', '.join(names)}", "black", font)
+    sheet = sheet.resize((width, height), Image.Resampling.LANCZOS).quantize(64)
+    data.write_atomically(path, lambda file: sheet.save(file, "PNG"))
+
+
+def curve(folders):
+    """Draw curve.png, and masks_over_training.png of the masks_STEP.png that there are, both in the first of folders."""
+    logs = []
+    for folder in folders:
+        file = os.path.join(folder, "log.jsonl")
+        with open(file, encoding="utf-8") as lines:
+            try:
+                log = [json.loads(line) for line in lines if line.endswith("\n")]
+            except ValueError as error:
+                raise data.InputError(f"{file}: not JSON ({error})") from None
+        if not log or "pairs" not in log[0]:
+            raise data.InputError(f"{file} has no line yet, or none that says how many pairs were seen")
+        logs.append(log)
+    target = os.path.join(folders[0], "curve.png")
+    draw_curves(logs, folders, target)
+    print(target)
+    rows = [os.path.join(folders[0], f"masks_{line['step']}.png") for line in logs[0] if "txt_r1" in line]
+    rows = [Image.open(row) for row in rows if os.path.isfile(row)]
+    if rows:
+        rows = [rows[int(i)] for i in np.linspace(0, len(rows) - 1, min(len(rows), 8))]
+        sheet = Image.new("RGB", (rows[0].width, sum(row.height for row in rows)))
+        for i, row in enumerate(rows):
+            sheet.paste(row, (0, i * row.height))
+        target = os.path.join(folders[0], "masks_over_training.png")
+        data.write_atomically(target, lambda file: sheet.quantize(256).save(file, "PNG"))
+        print(target)
+
+
 # Tables of runs
 
 
@@ -782,7 +862,8 @@ def load_for(task, path, device):
 
 def main(arguments):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], usage=__doc__.split("\n\n")[1])
-    parser.add_argument("words", nargs="+", metavar="TASK|masks|table key=value", help="what to evaluate; settings to override")
+    parser.add_argument("words", nargs="+", metavar="TASK|masks|table|curve key=value",
+                        help="what to evaluate; settings to override")  # fmt: skip
     parser.add_argument("--scale", default="scenes", help="scale of config.yaml (default: scenes)")
     parser.add_argument("--checkpoint", help="folder or file (default: out/SCALE/TASK)")
     parser.add_argument("--image", help="masks: your own image")
@@ -795,9 +876,11 @@ def main(arguments):
     if task == "table":
         print("\n\n".join(f"{name}\n\n{tabulate(runs)}" for name, runs in read_runs(rest or ["out"]).items()))
         return
+    if task == "curve":
+        return curve(rest or ["out/scenes/pretrain"])
     tasks = [name for name in data.TASKS if name != "nlvr2_pretrain"] + ["masks"]
     if rest or task not in tasks:
-        raise data.InputError(f"{' '.join([task, *rest])!r} is none of {', '.join([*tasks, 'table'])}")
+        raise data.InputError(f"{' '.join([task, *rest])!r} is none of {', '.join([*tasks, 'table', 'curve'])}")
     config = data.load_config(options.scale, overrides)
     join_processes(config)
     if task != "masks" or options.image is None:  # one's own image needs no scenes

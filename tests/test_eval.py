@@ -262,3 +262,36 @@ def test_image_that_cannot_be_read_stops_evaluation(trained, tmp_path):
                  f"data.retrieval_sets.scenes.test={tmp_path / 'rows.json'}")  # fmt: skip
     assert "images/none.jpg" in result.err.splitlines()[-1] and "evaluation needs every image" in result.err
     assert result.status == 2 and "Traceback" not in result.err and result.err.splitlines()[-1].startswith("error: ")
+
+
+# Curves
+
+
+def test_curve_of_a_run(trained, tmp_path):
+    log = commands.read_log(trained.out)
+    assert [line["step"] for line in log if "txt_r1" in line] == [60, 120]
+    result = run(tmp_path, "eval.py", "pretrain", "--checkpoint", trained.out, "--split", "val", *trained.arguments)
+    by_itc = result.out.splitlines()[1].split()  # by ITC, then txt_r1 to img_r10
+    assert [by_itc[2], by_itc[5]] == [f"{log[-1][name]:.1f}" for name in ("txt_r1", "img_r1")]
+    result = run(tmp_path, "eval.py", "curve", trained.out)
+    assert result.status == 0 and result.out.split() == [
+        os.path.join(trained.out, name) for name in ("curve.png", "masks_over_training.png")
+    ], result.err
+    with Image.open(os.path.join(trained.out, "curve.png")) as picture:
+        assert picture.size == (900, 330) and len(picture.convert("RGB").getcolors(2**20)) > 8
+    with Image.open(os.path.join(trained.out, "masks_over_training.png")) as sheet:
+        with Image.open(os.path.join(trained.out, "masks_60.png")) as first:
+            assert sheet.size == (first.width, 2 * first.height)
+
+
+def test_curve_of_two_fine_tuning_runs_and_of_none(tmp_path):
+    for name, losses in (("one", [0.5, 0.0]), ("two", [3.0])):
+        (tmp_path / name).mkdir()
+        lines = [{"step": i + 1, "pairs": 8 * i + 8, "loss": loss, "loss_cls": loss} for i, loss in enumerate(losses)]
+        (tmp_path / name / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 3, "e')
+    result = run(tmp_path, "eval.py", "curve", "one", "two", cwd=tmp_path)
+    assert result.status == 0 and result.out == os.path.join("one", "curve.png") + "\n", result.err
+    for content, message in (('{"step": 1}\n', "none that says"), ("{\n", "not JSON"), ("", "no line yet")):
+        (tmp_path / "two" / "log.jsonl").write_text(content)
+        assert message in run(tmp_path, "eval.py", "curve", "two", cwd=tmp_path).error
+    assert "log.jsonl" in run(tmp_path, "eval.py", "curve", "three", cwd=tmp_path).error
