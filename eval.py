@@ -5,6 +5,7 @@
     python eval.py masks --checkpoint DIR --image photo.jpg --text "a dog on a red sofa"
     python eval.py table DIR...                                # finished runs side by side, what each setting does
     python eval.py curve DIR...                                # losses and R@1 while training: a picture in DIR
+    python eval.py check DIR                                   # is a quick start's output what it should be
 
 Metrics, percentages from 0 to 100 unless said otherwise:
   zero_shot, reranked   retrieval by ITC alone (itc once fine-tuned), and with the top k re-ranked by ITM, under ALBEF's
@@ -25,6 +26,7 @@ import json
 import math
 import os
 import pathlib
+import platform
 import re
 import sys
 
@@ -35,6 +37,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 import data
 import softmask
+
+RECORD = os.path.join(data.HERE, "tests", "quick_start.json")  # figures of the quick start, see check
 
 
 def rank() -> int:
@@ -767,6 +771,15 @@ def headline(metrics: dict) -> dict[str, float]:
     return found | {name: value for name, value in metrics.items() if isinstance(value, float) and not aside.search(name)}
 
 
+def read_run(file) -> dict:
+    """What a metrics.json holds, settings flat and without those of other tasks."""
+    run = data.read_json(file)
+    if not isinstance(run, dict) or not {"task", "seed", "step", "settings", "metrics"} <= run.keys():
+        raise data.InputError(f"{file} was not written by train.py: it lacks task, seed, step, settings or metrics")
+    own = {name: part for name, part in run["settings"].items() if name == run["task"] or name not in data.TASKS}
+    return run | {"settings": flatten(own)}
+
+
 def read_runs(folders) -> dict:
     """The metrics.json in and below folders, {task: [(settings, seed, figures)]}; of the settings those that differ."""
     files = sorted({file for folder in folders for file in pathlib.Path(folder).rglob("metrics.json")})
@@ -774,13 +787,9 @@ def read_runs(folders) -> dict:
         raise data.InputError(f"no metrics.json in {', '.join(map(str, folders))}, which a run writes at its end")
     runs = {}
     for file in files:
-        run = data.read_json(file)
-        if not isinstance(run, dict) or not {"task", "settings", "metrics"} <= run.keys():
-            raise data.InputError(f"{file} was not written by train.py: it lacks task, settings or metrics")
-        own = {name: part for name, part in run["settings"].items() if name == run["task"] or name not in data.TASKS}
-        figures = headline(run["metrics"])
+        run = read_run(file)
+        settings, figures = run["settings"], headline(run["metrics"])
         if figures:
-            settings = flatten(own)
             runs.setdefault(run["task"], []).append((settings, settings.pop("seed"), figures))
     for task, found in runs.items():
         keys = dict.fromkeys(key for settings, _, _ in found for key in settings)
@@ -832,6 +841,86 @@ def tabulate(runs) -> str:
     return "\n\n".join(tables)
 
 
+# The recorded quick start
+
+
+# Settings that change no figure of a run, and the seed, which is compared apart.
+CHANGES_NO_FIGURE = {"seed", "device", "num_workers", "log_every_steps", "checkpoint_every_steps", "eval_every_steps",
+                     "max_bad_image_share", "eval.pictures"}
+# How many standard deviations three mean for a normal law that is known from so many runs: Student's t at 99.73 %.
+STUDENT = {3: 19.21, 4: 9.219, 5: 6.620, 6: 5.507, 7: 4.904, 8: 4.530, 9: 4.277, 10: 4.094}
+
+
+def platform_of(config) -> dict:
+    """What decides how a run rounds: where it is the same, the same command gives the same bits on the CPU."""
+    device, processor = resolve_device(config), platform.processor()
+    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:  # Linux
+        processor = next((line.split(":")[1].strip() for line in file if line.startswith("model name")), processor)
+    return {
+        "torch": str(torch.__version__), "machine": platform.machine(), "processor": processor,
+        "capability": torch.backends.cpu.get_cpu_capability(),  # the instructions that kernels use
+        "threads": torch.get_num_threads(), "processes": world_size(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+    }  # fmt: skip
+
+
+def differences(before: dict, now: dict) -> list[str]:
+    """What differs between two dicts, as "key: before recorded, now here"."""
+    keys = [key for key in before | now if before.get(key) != now.get(key)]
+    return [f"{key}: {before.get(key)} recorded, {now.get(key)} here" for key in keys]
+
+
+def computed(run) -> dict:
+    """The settings, flat, that decide the figures of a run of read_run, and its task and number of steps."""
+    settings = {name: value for name, value in run["settings"].items() if name not in CHANGES_NO_FIGURE}
+    return {"task": run["task"], "step": run["step"]} | settings
+
+
+def record(folders, path=RECORD):
+    """Write the figures of finished runs, which may differ in seed and platform, as those that check compares with."""
+    runs = [read_run(os.path.join(folder, "metrics.json")) for folder in folders]
+    for folder, run in zip(folders, runs):
+        if other := differences(computed(runs[0]), computed(run)):
+            raise data.InputError(f"{folder} is a run under other settings than {folders[0]}: {'; '.join(other[:4])}")
+    kept = [{name: run.get(name, {}) for name in ("seed", "platform", "metrics")} for run in runs]
+    content = json.dumps({"settings": computed(runs[0]), "runs": kept}, indent=1)
+    data.write_atomically(path, content.encode())
+
+
+def check(folder, path=RECORD) -> int:
+    """Print how a finished run compares with the recorded ones; 0 where it agrees with them, 1 where it does not.
+
+    On a recorded platform with a recorded seed every figure must be equal. Elsewhere the figures of headline must lie
+    within mean ± 3 standard deviations s of the n recorded runs, widened for so few: t s sqrt(1 + 1 / n), where t is
+    STUDENT's. s is at least 0.1, one item of 1,000. [ours] InputError for a run under other settings.
+    """
+    run, recorded = read_run(os.path.join(folder, "metrics.json")), data.read_json(path)
+    if other := differences(recorded["settings"], computed(run)):
+        raise data.InputError(f"{folder} is a run under other settings than the recorded: {'; '.join(other[:4])}")
+    runs = recorded["runs"]
+    own = {"seed": run["seed"]} | run.get("platform", {})
+    apart = [differences({"seed": known["seed"]} | known["platform"], own) for known in runs]
+    nearest = min(range(len(runs)), key=lambda i: len(apart[i]))
+    if not apart[nearest]:
+        print("exact: platform and seed are recorded ones, so every figure must be equal")
+        figures = flatten(run["metrics"])
+        outside = differences(flatten(runs[nearest]["metrics"]), figures)
+    elif len(runs) < 3:
+        raise data.InputError(f"{path} has {len(runs)} runs, none of this platform and seed; a spread takes 3")
+    else:
+        print(f"within the spread of {len(runs)} runs, none of this platform and seed ({'; '.join(apart[nearest])})")
+        rows, figures, outside = [headline(known["metrics"]) for known in runs], headline(run["metrics"]), []
+        for name in rows[0]:
+            values = [row[name] for row in rows]
+            mean, spread = np.mean(values), max(np.std(values, ddof=1), 0.1)
+            reach = STUDENT[min(len(runs), 10)] * spread * math.sqrt(1 + 1 / len(runs))
+            if not abs(figures.get(name, math.nan) - mean) <= reach:
+                low, high = mean - reach, mean + reach
+                outside.append(f"{name}: {low:.1f} to {high:.1f} expected, {figures.get(name)} here")
+    print(*outside, f"{len(figures) - len(outside)} of {len(figures)} figures agree", sep="\n")
+    return int(bool(outside))
+
+
 # The command line
 
 
@@ -862,7 +951,7 @@ def load_for(task, path, device):
 
 def main(arguments):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], usage=__doc__.split("\n\n")[1])
-    parser.add_argument("words", nargs="+", metavar="TASK|masks|table|curve key=value",
+    parser.add_argument("words", nargs="+", metavar="TASK|masks|table|curve|check key=value",
                         help="what to evaluate; settings to override")  # fmt: skip
     parser.add_argument("--scale", default="scenes", help="scale of config.yaml (default: scenes)")
     parser.add_argument("--checkpoint", help="folder or file (default: out/SCALE/TASK)")
@@ -870,17 +959,21 @@ def main(arguments):
     parser.add_argument("--text", help="masks: your own sentence")
     parser.add_argument("--split", default="test", choices=("val", "test"), help="split to evaluate on")
     parser.add_argument("--out", help="masks: the PNG to write (default: masks.png in the checkpoint's folder)")
+    parser.add_argument("--record", action="store_true", help="check: write the figures of DIR... as the recorded ones")
     options = parser.parse_intermixed_args(arguments)
     overrides = [word for word in options.words if "=" in word]
     task, *rest = [word for word in options.words if "=" not in word] or [""]
     if task == "table":
         print("\n\n".join(f"{name}\n\n{tabulate(runs)}" for name, runs in read_runs(rest or ["out"]).items()))
-        return
+        return 0
     if task == "curve":
         return curve(rest or ["out/scenes/pretrain"])
+    if task == "check":
+        folders = rest or ["out/scenes/pretrain"]
+        return record(folders) if options.record else max(check(folder) for folder in folders)
     tasks = [name for name in data.TASKS if name != "nlvr2_pretrain"] + ["masks"]
     if rest or task not in tasks:
-        raise data.InputError(f"{' '.join([task, *rest])!r} is none of {', '.join([*tasks, 'table', 'curve'])}")
+        raise data.InputError(f"{' '.join([task, *rest])!r} is none of {', '.join([*tasks, 'table', 'curve', 'check'])}")
     config = data.load_config(options.scale, overrides)
     join_processes(config)
     if task != "masks" or options.image is None:  # one's own image needs no scenes
@@ -935,4 +1028,4 @@ def one_line_errors():
 
 if __name__ == "__main__":
     with one_line_errors():
-        main(sys.argv[1:])
+        sys.exit(main(sys.argv[1:]))

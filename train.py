@@ -593,7 +593,7 @@ def main(arguments):
         step, metrics = run_task(options.task, config, settings, options.out)
         if evaluation.rank() == 0:
             result = {"task": options.task, "scale": config.scale, "seed": config.seed, "step": step}
-            result |= {"settings": settings, "metrics": metrics}
+            result |= {"settings": settings, "platform": evaluation.platform_of(config), "metrics": metrics}
             data.write_atomically(os.path.join(options.out, "metrics.json"), json.dumps(result, indent=1).encode())
             print(evaluation.format_metrics(metrics))
             print(f"all of it in {options.out}")

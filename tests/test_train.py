@@ -17,6 +17,7 @@ from PIL import Image
 
 import commands
 import data
+import eval as evaluation
 import paper
 import softmask
 import train
@@ -69,7 +70,7 @@ def test_loss_falls_and_files_are_whole(trained):
     for name in log[-1]:
         assert re.search(rf"\b{name}\b", train.__doc__), f"{name} of log.jsonl is not defined"
     metrics = json.loads(pathlib.Path(trained.out, "metrics.json").read_text())
-    assert metrics.keys() == {"task", "scale", "seed", "step", "settings", "metrics"}
+    assert metrics.keys() == {"task", "scale", "seed", "step", "settings", "platform", "metrics"}
     assert (metrics["task"], metrics["scale"], metrics["seed"], metrics["step"]) == ("pretrain", "scenes", 42, 120)
     assert metrics["metrics"].keys() == {"zero_shot", "reranked", "pointing", "foils"}
     assert metrics["metrics"]["zero_shot"].keys() >= {"txt_r1", "txt_r5", "txt_r10", "img_r1", "img_r5", "img_r10"}
@@ -252,6 +253,18 @@ def test_evaluation_while_training_changes_no_bit(uninterrupted, tmp_path):
     assert_same_run(killed, uninterrupted, WATCHED)
     assert [line["step"] for line in read_log(killed) if line.keys() >= set(WATCHED)] == [5, 10, 12]
     assert sorted(path.name for path in killed.glob("masks_*")) == ["masks_10.png", "masks_12.png", "masks_5.png"]
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_the_same_command_twice_gives_the_same_bits_and_figures(processes, tmp_path, capsys):
+    outs = tmp_path / "first", tmp_path / "second"
+    for out, workers in zip(outs, (0, 4)):
+        arguments = ["--out", out, *TINY, "model.dropout=0.1", f"num_workers={workers}"]
+        assert run(tmp_path, "train.py", *arguments, processes=processes).status in (0, [0, 0])
+    assert_same_run(*outs)
+    evaluation.record([outs[0]], tmp_path / "record.json")
+    assert evaluation.check(outs[1], tmp_path / "record.json") == 0
+    assert capsys.readouterr().out.startswith("exact: ")
 
 
 @pytest.mark.parametrize("moment", ["fsync", "replace"])
