@@ -210,6 +210,7 @@ class Config:
     checkpointing: bool
     log_every_steps: int
     checkpoint_every_steps: int
+    eval_every_steps: int
     max_bad_image_share: float
     model: ModelConfig
     method: MethodConfig
@@ -230,7 +231,8 @@ TASKS = tuple(field.name for field in dataclasses.fields(Config) if field.type i
 # A scale that gives one of these replaces it; every other mapping is merged key by key.
 REPLACED_WHOLE = {"data.scenes", "data.retrieval_sets"}
 # Limits, by the last part of the key. A whole number not named in MAY_BE_ZERO is at least 1, every number at least 0.
-MAY_BE_ZERO = {"seed", "epochs", "num_workers", "attention_layer", "randaugment_ops", "warmup_steps", "pictures"}
+MAY_BE_ZERO = {"seed", "epochs", "num_workers", "attention_layer", "randaugment_ops", "warmup_steps", "pictures",
+               "eval_every_steps"}
 SHARES = ("max_bad_image_share", "dropout", "mlm_probability", "distort_brightness", "distort_contrast", "distort_blur",
           "distort_grayscale", "momentum", "alpha", "crop_min_area")
 LARGEST = dict.fromkeys(SHARES, 1.0) | {"distort_hue": 0.5, "temp": 0.5, "randaugment_ops": 10}
@@ -374,6 +376,9 @@ def _check_values(config):
         (config.checkpoint_every_steps % config.log_every_steps == 0,
          f"checkpoint_every_steps ({config.checkpoint_every_steps}) must be a multiple of log_every_steps "
          f"({config.log_every_steps}): a checkpoint holds no running means of the log"),
+        (config.eval_every_steps % config.log_every_steps == 0,
+         f"eval_every_steps ({config.eval_every_steps}) must be a multiple of log_every_steps "
+         f"({config.log_every_steps}): its figures stand in a line of the log"),
         (model.image_size % model.patch_size == 0, "model.image_size must be a multiple of model.patch_size"),
         (model.vision_width % model.vision_heads == 0, "model.vision_width must be a multiple of model.vision_heads"),
         (model.text_width % model.text_heads == 0, "model.text_width must be a multiple of model.text_heads"),

@@ -696,15 +696,16 @@ def test_fewer_records_than_one_step():
         data.ShuffledBatches(7, 2, 2, 0, 2, 0, 0)
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 4 worker")
 def test_batches_are_the_same_for_any_number_of_workers(pairs, tmp_path, tokenizer):
     rows, config = pairs
     rows[5]["image"] = "none.png"
     dataset = make_dataset(rows, config, tmp_path / "r.json")
     runs = []
-    for workers in (0, 2):
+    for workers in (0, 2, 4):
         loader = data.make_loader(dataset, data.ShuffledBatches(12, 4, 1, 0, 1, 0, 1), tokenizer, 5, workers)
         runs.append(take(loader, 4))
-    for batch, other in zip(*runs):
+    for batch, other in [*zip(runs[0], runs[1]), *zip(runs[0], runs[2])]:
         assert batch["replaced"] == other["replaced"] and batch["truncated"] == other["truncated"] == 4
         for name in ("image", "input_ids", "attention_mask", "word_ids", "image_ids"):
             assert torch.equal(batch[name], other[name])
