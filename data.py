@@ -749,7 +749,7 @@ def index_shard(path, stamp):
     try:
         with tarfile.open(path, "r:", tarinfo=ShardHeader, encoding="utf-8", errors="backslashreplace") as shard:
             for member in shard:
-                if member.size < 0:  # tarfile would go back, and round for ever
+                if shard.offset < member.offset_data:  # tarfile would go back, and round for ever
                     raise tarfile.ReadError(f"a negative size at byte {member.offset}")
                 name, kind = os.path.splitext(member.name)
                 found = images if kind.lower() in SHARD_IMAGES else captions.get(kind)
@@ -907,10 +907,16 @@ def open_image(path):
 
     BadImage for anything that goes wrong up to the end of that statement, and for over MAX_PIXELS pixels.
     """
+    def opened():
+        return Image.open(path.open() if isinstance(path, ShardImage) else path, formats=IMAGE_FORMATS)
+
     try:
-        with Image.open(path.open() if isinstance(path, ShardImage) else path, formats=IMAGE_FORMATS) as image:
+        with opened() as image:
             if image.width * image.height > MAX_PIXELS:
                 raise ValueError(f"{image.width} x {image.height} pixels are over {MAX_PIXELS:,}")
+            if image.format == "PNG":  # its checksums, which decoding leaves out; no other format has any
+                with opened() as twin:
+                    twin.verify()
             image.filename = ""  # else uncompressed files are mapped: turned TIFFs garbled, the process killed by a cut
             yield image
     except Exception as error:  # decoders raise nearly every kind

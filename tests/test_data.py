@@ -500,6 +500,7 @@ def test_shards_that_would_go_round_for_ever_or_search_for_hours_are_refused(tmp
     pax = b"14 size=-1024\n"
     for content, message in (
         (header(0) + header(-1024), "a negative size at byte 512"),
+        (header(0) + header(-512, tarfile.GNUTYPE_SPARSE), "a negative size at byte 512"),
         (header(0) + header(len(pax), tarfile.XHDTYPE) + pax.ljust(512, b"\0") + header(0), "a negative size"),
         (header(1 << 20, tarfile.XHDTYPE) + b"1" * (1 << 20), "a header of 1,048,576 bytes"),
     ):
@@ -638,8 +639,13 @@ def test_bad_images_name_path_and_reason(tmp_path, monkeypatch):
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 40, 3), dtype=np.uint8)).save(tmp_path / "whole.jpg")
     (tmp_path / "cut.jpg").write_bytes((tmp_path / "whole.jpg").read_bytes()[:900])
     (tmp_path / "text.jpg").write_text("not an image")
+    Image.open(tmp_path / "whole.jpg").save(tmp_path / "zeros.png")
+    whole = (tmp_path / "zeros.png").read_bytes()
+    (tmp_path / "zeros.png").write_bytes(whole[:-1000] + bytes(1000))  # which Pillow decodes, to other pixels
+    (tmp_path / "flip.png").write_bytes(whole[:-13] + bytes([whole[-13] ^ 1]) + whole[-12:])  # in the checksum alone
     (tmp_path / "figure.jpg").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n")
     for name, reason in (("cut.jpg", "truncated"), ("text.jpg", "identify"), ("none.jpg", "No such file"),
+                         ("zeros.png", "broken|checksum"), ("flip.png", "checksum"),
                          ("figure.jpg", "identify"), ("nul\0.jpg", "null")):
         with pytest.raises(data.BadImage, match=reason) as error:
             data.read_image(str(tmp_path / name))
