@@ -1150,8 +1150,10 @@ def load_retrieval(path, image_root, max_words):
     ((C,) int64, index into the paths).
     """
     images, captions, image_of_caption = [], [], []
-    for record in Records([path], "retrieval_eval"):
+    for number, record in enumerate(Records([path], "retrieval_eval")):
         texts = texts_of(record, "retrieval")
+        if not texts:
+            raise InputError(f"{path}: record {number} (from 0): no caption, yet each image is searched by one")
         captions += [softmask.clean_caption(text, max_words) for text in texts]
         image_of_caption += [len(images)] * len(texts)
         images.append(join_image_path(image_root, record["image"]))

@@ -22,6 +22,7 @@ import contextlib
 import dataclasses
 import glob
 import io
+import itertools
 import json
 import multiprocessing
 import os
@@ -585,24 +586,20 @@ READERS = {"jpeg": read_image_file, "png": read_image_file, "other": read_image_
 # Running
 
 def settings(folder, *overrides):
-    """A Config whose every image_root is the folder."""
-    return CONFIG(folder, overrides)
-
-
-def CONFIG(folder, overrides):
-    base = data.config_to_dict(BASE)
-    for files in (base["data"][name] for name in ("vqa", "nlvr2", "entailment", "grounding")):
+    """A Config whose every image_root is the folder, with overrides key=value, of which a mapping is merged."""
+    settings = data.config_to_dict(BASE)
+    section = settings["data"]
+    section["pretrain_image_root"] = section["vqa"]["vg_image_root"] = folder
+    for files in (*section["retrieval_sets"].values(), *(section[name] for name in ("vqa", "nlvr2", "entailment", "grounding"))):
         files["image_root"] = folder
-    base["data"] |= {"pretrain_image_root": folder}
-    base["data"]["retrieval_sets"]["scenes"]["image_root"] = base["data"]["vqa"]["vg_image_root"] = folder
     for override in overrides:
         key, _, text = override.partition("=")
-        value, holder = yaml.safe_load(text), base
+        value, holder = yaml.safe_load(text), settings
         *parents, last = key.split(".")
         for parent in parents:
             holder = holder[parent]
         holder[last] = holder[last] | value if isinstance(value, dict) else value
-    return data.config_from_dict(base)
+    return data.config_from_dict(settings)
 
 
 BASE = data.load_config("scenes", ["data.scenes=null", "model.image_size=32"])
@@ -700,6 +697,53 @@ def all_cases(files):
     return [(kind, number) for kind, share in SHARES.items() for number in range(max(1, round(share * files)))]
 
 
+# Commands
+
+def run_commands(folder):
+    """Yield (outcome, problem, seconds) of train.py and eval.py on bad files, the real commands."""
+    good, exif = image_bytes(), Image.Exif()
+    exif[0x0112] = 6
+    files = {"good.jpg": good, "cut.jpg": good[:300], "huge.png": png_of(50_000, 50_000, 8, 2, b""), "none.tar": b"cut"}
+    for name, content in files.items():
+        with open(os.path.join(folder, name), "wb") as file:
+            file.write(content)
+    Image.new("I;16", (30, 20), 40_000).save(os.path.join(folder, "deep.png"), exif=exif)
+    whole = [{"image": "good.jpg", "caption": "a red circle"}] * 16
+    odd = write_json(folder, "odd.json", [{"image": "good.jpg", "caption": [text]} for text in ODD] + whole)
+    damaged = write_json(folder, "damaged.json", whole + [{"image": "cut.jpg", "caption": "a red circle"}] * 4)
+    silent = write_json(folder, "silent.json", [{"image": "good.jpg", "caption": []}])
+    missing = write_json(folder, "missing.json", [{"image": "\udc80 \ud83d.jpg", "caption": "x"}] * 9)
+    with open(os.path.join(folder, "cut.json"), "w") as file:
+        file.write(json.dumps(whole)[:-30])
+    out = os.path.join(folder, "out")
+    train = ["train.py", "pretrain", "--out", out, *commands.TINY, f"data.pretrain_image_root={folder}"]
+    check = ["train.py", "check", *train[1:]]
+    evaluate = ["eval.py", "retrieval", "--checkpoint", out, *commands.TINY, f"data.retrieval_sets.scenes.image_root={folder}"]
+    masks = ["eval.py", "masks", "--checkpoint", out, *commands.TINY, "--text", "a red circle", "--image"]
+    for arguments, status, wanted in [
+        ([*check, f"data.pretrain_files=[{folder}/cut.json]"], 1, "not JSON"),
+        ([*check, f"data.pretrain_files=[{missing}]"], 1, "1 of 1 images missing"),
+        ([*train, f"data.pretrain_files=[{folder}/cut.json]"], 2, "not JSON"),
+        ([*train, f"data.pretrain_files=[{folder}/*.tar]"], 2, "not a whole tar file"),
+        ([*train, f"data.pretrain_files=[{damaged}]", "max_bad_image_share=0.0"], 2, "more than max_bad_image_share"),
+        ([*train, "seed=!!int ''"], 2, "is not YAML"),
+        ([*train, f"data.pretrain_files=[{damaged}]", "max_bad_image_share=0.5", "--fresh"], 0, "bad record, replaced"),
+        ([*train, f"data.pretrain_files=[{odd}]", "max_bad_image_share=0.5", "--fresh"], 0, "empty caption"),
+        ([*evaluate, f"data.retrieval_sets.scenes.test={odd}"], 0, "txt_r1"),
+        ([*evaluate, f"data.retrieval_sets.scenes.test={silent}"], 2, "record 0 (from 0): no caption"),
+        ([*evaluate, f"data.retrieval_sets.scenes.test={damaged}"], 2, "evaluation needs every image"),
+        ([*masks, os.path.join(folder, "huge.png")], 2, "50000 x 50000 pixels are over 100,000,000"),
+        ([*masks, os.path.join(folder, "deep.png")], 0, "masks.png"),
+    ]:
+        begun, problem = time.monotonic(), None
+        result = commands.run(folder, *arguments, timeout=6 * SECONDS)
+        said = result.out + result.err
+        if result.status != status or wanted not in said or "Traceback" in said or "nan" in said:
+            problem = f"{' '.join(arguments[:2])} ... {arguments[-1]}: status {result.status}, {said[-1500:]}"
+        outcome = ("good", "refused", "refused")[status] if wanted[:3] not in ("bad", "emp") else "replaced"
+        yield "failure" if problem else outcome, problem, time.monotonic() - begun
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--files", type=int, default=2000)
@@ -713,13 +757,16 @@ def main():
             signal.signal(signal.SIGALRM, lambda *_: sys.exit(f"still at work after {SECONDS} s"))
             print(run_case(options.seed, kind, int(number), os.path.join(folder, "case")))
             return 0
-        for kind, number, outcome, problem, seconds, peak in run_cases(options.seed, all_cases(options.files), folder):
+        results = itertools.chain(
+            run_cases(options.seed, all_cases(options.files), folder),
+            (("commands", number, *result, 0) for number, result in enumerate(run_commands(folder))))
+        for kind, number, outcome, problem, seconds, peak in results:
             rows[kind].update(["files", outcome])
             rows[kind]["seconds"] = max(rows[kind]["seconds"], seconds)
             rows[kind]["MB"] = max(rows[kind]["MB"], peak / 1e6)
             if problem:
                 failures += 1
-                print(f"FAILURE {kind} {number}: {problem[:500]}", flush=True)
+                print(f"FAILURE {kind} {number}: {problem[:2000]}", flush=True)
     columns = ("files", "good", "replaced", "refused", "failure", "seconds", "MB")
     print(f"{'':10}" + "".join(f"{name:>10}" for name in columns) + "   (seconds, MB above the start: the worst file)")
     for kind, row in rows.items():

@@ -940,6 +940,9 @@ def test_load_retrieval(tmp_path):
     rows[1]["image"] = "../b.jpg"
     with pytest.raises(data.InputError, match="'../b.jpg' lies outside image_root 'root'"):
         data.load_retrieval(write_json(tmp_path / "r.json", rows), "root", 2)
+    rows[1]["caption"] = []
+    with pytest.raises(data.InputError, match=r"r.json: record 1 \(from 0\): no caption"):
+        data.load_retrieval(write_json(tmp_path / "r.json", rows), "root", 2)
 
 
 def test_evaluation_resizes_to_a_square_without_cropping(tmp_path):
