@@ -65,7 +65,7 @@ MAX_YAML_NODES = 100_000  # config.yaml has 1,000
 MAX_SHARD_IMAGE_BYTES = 1 << 28
 MAX_TAR_HEADER_BYTES = 1 << 13  # beyond a member's own 512: a long name, say
 MAX_PIXELS = 100_000_000  # a larger image is refused before it is decoded
-Image.MAX_IMAGE_PIXELS = None  # Pillow's own limits: a warning from 89 million pixels on, another message from 179 million
+Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit: warnings from 89 million on, another message from 179 million
 # What a photograph comes in (JPEG covers MPO). Pillow knows more, and one of them (EPS) starts an interpreter.
 IMAGE_FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000"]
 MAX_TRIES = 20  # records tried for one place in a batch before the run stops
@@ -401,7 +401,8 @@ def _check_values(config):
                 check_limits(item, f"{key}.{part}" if key else part)
         elif type(value) in (int, float):
             whole = type(value) is int
-            smallest, largest = int(whole and name not in MAY_BE_ZERO), LARGEST.get(name, 2**63 - 1 if whole else math.inf)
+            smallest = int(whole and name not in MAY_BE_ZERO)
+            largest = LARGEST.get(name, 2**63 - 1 if whole else math.inf)
             if not smallest <= value <= largest:
                 raise InputError(f"{key}: {value} is out of range; wanted {smallest} to {largest}")
         elif name in CHOICES and value not in CHOICES[name]:
