@@ -36,6 +36,7 @@ import pathlib
 import pickle
 import random
 import re
+import reprlib
 import shutil
 import sys
 import tarfile
@@ -60,8 +61,11 @@ INDEX_VERSION = 1  # raised with any change of what the folder holds
 INDEX_KEPT_FROM = 1 << 24  # bytes; a smaller file is indexed within a second, at every start
 CHUNK_BYTES = 1 << 22  # what is read at a time of an annotation file
 MAX_RECORD_BYTES = 1 << 24
+MAX_YAML_NODES = 100_000  # config.yaml has 1,000
 MAX_SHARD_IMAGE_BYTES = 1 << 28
+MAX_TAR_HEADER_BYTES = 1 << 13  # beyond a member's own 512: a long name, say
 MAX_PIXELS = 100_000_000  # a larger image is refused before it is decoded
+Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit: warnings from 89 million on, another message from 179 million
 # What a photograph comes in (JPEG covers MPO). Pillow knows more, and one of them (EPS) starts an interpreter.
 IMAGE_FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000"]
 MAX_TRIES = 20  # records tried for one place in a batch before the run stops
@@ -210,6 +214,7 @@ class Config:
     checkpointing: bool
     log_every_steps: int
     checkpoint_every_steps: int
+    eval_every_steps: int
     max_bad_image_share: float
     max_skipped_steps: int
     model: ModelConfig
@@ -231,8 +236,8 @@ TASKS = tuple(field.name for field in dataclasses.fields(Config) if field.type i
 # A scale that gives one of these replaces it; every other mapping is merged key by key.
 REPLACED_WHOLE = {"data.scenes", "data.retrieval_sets"}
 # Limits, by the last part of the key. A whole number not named in MAY_BE_ZERO is at least 1, every number at least 0.
-MAY_BE_ZERO = {"seed", "epochs", "num_workers", "attention_layer", "randaugment_ops", "warmup_steps", "max_skipped_steps",
-               "pictures"}
+MAY_BE_ZERO = {"seed", "epochs", "num_workers", "attention_layer", "randaugment_ops", "warmup_steps", "pictures",
+               "eval_every_steps", "max_skipped_steps"}
 SHARES = ("max_bad_image_share", "dropout", "mlm_probability", "distort_brightness", "distort_contrast", "distort_blur",
           "distort_grayscale", "momentum", "alpha", "crop_min_area")
 LARGEST = dict.fromkeys(SHARES, 1.0) | {"distort_hue": 0.5, "temp": 0.5, "randaugment_ops": 10}
@@ -248,18 +253,20 @@ def load_config(scale, overrides=(), path=os.path.join(HERE, "config.yaml")):
     """
     try:
         with open(path, encoding="utf-8") as file:
-            document = yaml.safe_load(file)
+            text = file.read()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read ({error})") from None
-    except yaml.YAMLError as error:
-        raise InputError(f"{path}: not YAML ({_yaml_problem(error)})") from None
+    try:
+        document = parse_yaml(text)
+    except ValueError as error:
+        raise InputError(f"{path}: not YAML ({error})") from None
     if not (isinstance(document, dict) and set(document) == {"base", "scales"}
             and all(isinstance(part, dict) for part in document.values())):
         raise InputError(f"{path}: wanted the two mappings base and scales, and nothing else")
     scales = {}
     for name, changes in document["scales"].items():
         if not isinstance(changes, dict):
-            raise InputError(f"{path}: scales.{name}: wanted a mapping, got {changes!r}")
+            raise InputError(f"{path}: scales.{name}: wanted a mapping, got {short(changes)}")
         scales[name] = _merge(document["base"], changes, REPLACED_WHOLE)
         config_from_dict(scales[name] | {"scale": name}, f"{path}, scale {name}")
     if scale not in scales:
@@ -270,9 +277,9 @@ def load_config(scale, overrides=(), path=os.path.join(HERE, "config.yaml")):
         if not equals:
             raise InputError(f"command line: {override!r}: wanted key=value, such as pretrain.batch_size=32")
         try:
-            value = yaml.safe_load(text) if text else ""
-        except yaml.YAMLError as error:
-            raise InputError(f"command line: {key}: {text!r} is not YAML ({_yaml_problem(error)}); quote it") from None
+            value = parse_yaml(text) if text else ""
+        except ValueError as error:
+            raise InputError(f"command line: {key}: {short(text)} is not YAML ({error}); quote it") from None
         for part in reversed(key.split(".")):
             value = {part: value}
         settings = _merge(settings, value)
@@ -291,7 +298,7 @@ def config_from_dict(values, source="settings"):
     try:
         config = _convert(values, Config, "")
         _check_values(config)
-    except InputError as error:
+    except ValueError as error:  # InputError, or a number of too many digits to be shown
         raise InputError(f"{source}: {error}") from None
     return config
 
@@ -308,10 +315,43 @@ def resolve_scenes(config):
     return dataclasses.replace(config, data=_convert(data, DataConfig, "data"))
 
 
-def _yaml_problem(error):
-    """Say in one line what PyYAML found, and where."""
-    mark = getattr(error, "problem_mark", None)
-    return (f"line {mark.line + 1}: " if mark else "") + " ".join(str(getattr(error, "problem", error)).split())
+def parse_yaml(text):
+    """The plain value that a YAML text stands for; ValueError says in one line what is wrong with it.
+
+    Refused, beside what is malformed: tags beyond plain values, a key that stands twice in a mapping, and aliases that
+    would make more than MAX_YAML_NODES values of it.
+    """
+    @functools.cache
+    def count(node):
+        parts = node.value if isinstance(node, yaml.CollectionNode) else []
+        if isinstance(node, yaml.MappingNode):
+            seen = set()
+            for key, _ in parts:
+                if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                    raise yaml.MarkedYAMLError(None, None, f"key {short(key.value)} stands there twice", key.start_mark)
+                seen.add(key.value if isinstance(key, yaml.ScalarNode) else None)
+            parts = itertools.chain.from_iterable(parts)
+        return 1 + sum(map(count, parts))
+
+    try:
+        loader = yaml.SafeLoader(text)
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        if count(node) > MAX_YAML_NODES:
+            raise yaml.YAMLError(f"with its aliases written out it has over {MAX_YAML_NODES:,} values")
+        return loader.construct_document(node)
+    except Exception as error:  # of a value that does not fit its tag PyYAML raises nearly every kind
+        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", error)
+        problem = " ".join(str(problem).split())
+        if not isinstance(error, yaml.YAMLError):
+            problem = f"a value that is none of its kind, or nested too deep: {problem}"
+        raise ValueError((f"line {mark.line + 1}: " if mark else "") + problem) from None
+
+
+def short(value):
+    """A value as messages show it: cut, however long or deep it is."""
+    return reprlib.repr(value)[:60]
 
 
 def _merge(settings, changes, whole=(), prefix=""):
@@ -333,7 +373,8 @@ def _convert(value, kind, key):
         hints, prefix = typing.get_type_hints(kind), key and key + "."
         for name in value:
             if name not in hints:
-                nearest = difflib.get_close_matches(str(name), hints, n=1, cutoff=0.0)[0]
+                name = str(name)[:100]
+                nearest = difflib.get_close_matches(name, hints, n=1, cutoff=0.0)[0]
                 raise InputError(f"{prefix}{name} is no setting; the nearest is {prefix}{nearest}")
         for name in hints:
             if name not in value:
@@ -350,7 +391,7 @@ def _convert(value, kind, key):
             pass
     if type(value) is not kind or kind is float and not math.isfinite(value):  # type(): a bool is no int here
         wanted = "mapping" if dataclasses.is_dataclass(kind) or arguments[1:] else getattr(kind, "__name__", kind)
-        raise InputError(f"{key}: wanted {wanted}, got {value!r}")
+        raise InputError(f"{key}: wanted {wanted}, got {short(value)}")
     return value
 
 
@@ -362,7 +403,9 @@ def _check_values(config):
             for part, item in value.items():
                 check_limits(item, f"{key}.{part}" if key else part)
         elif type(value) in (int, float):
-            smallest, largest = int(type(value) is int and name not in MAY_BE_ZERO), LARGEST.get(name, math.inf)
+            whole = type(value) is int
+            smallest = int(whole and name not in MAY_BE_ZERO)
+            largest = LARGEST.get(name, 2**63 - 1 if whole else math.inf)
             if not smallest <= value <= largest:
                 raise InputError(f"{key}: {value} is out of range; wanted {smallest} to {largest}")
         elif name in CHOICES and value not in CHOICES[name]:
@@ -376,6 +419,9 @@ def _check_values(config):
         (config.checkpoint_every_steps % config.log_every_steps == 0,
          f"checkpoint_every_steps ({config.checkpoint_every_steps}) must be a multiple of log_every_steps "
          f"({config.log_every_steps}): a checkpoint holds no running means of the log"),
+        (config.eval_every_steps % config.log_every_steps == 0,
+         f"eval_every_steps ({config.eval_every_steps}) must be a multiple of log_every_steps "
+         f"({config.log_every_steps}): its figures stand in a line of the log"),
         (model.image_size % model.patch_size == 0, "model.image_size must be a multiple of model.patch_size"),
         (model.vision_width % model.vision_heads == 0, "model.vision_width must be a multiple of model.vision_heads"),
         (model.text_width % model.text_heads == 0, "model.text_width must be a multiple of model.text_heads"),
@@ -504,6 +550,8 @@ class Index:
             text = read_bytes(self.rows or self.path, None if self.rows else self.stamp, begin, end - begin)
         try:
             record = JSON.raw_decode(text.decode())[0]  # what parts it from the next record comes after it
+        except RecursionError:  # which depends on the caller's depth, too
+            raise InputError(f"{self.path}: record {number} (from 0): nested too deep") from None
         except ValueError:
             raise InputError(f"{self.path} has changed since this run began; start the run again") from None
         if self.rows:
@@ -687,6 +735,18 @@ def scan_list(path, chunks):
             raise InputError(f"{path}: not JSON (line {lines + 1} or after: {error})") from None
 
 
+class ShardHeader(tarfile.TarInfo):
+    """A tar header; a long one of the extended kinds is refused, in which Python before 3.11.10 and 3.12.6 searches for
+    minutes."""
+
+    @classmethod
+    def frombuf(cls, *arguments):
+        header = super().frombuf(*arguments)
+        if not header.isreg() and header.size > MAX_TAR_HEADER_BYTES:
+            raise tarfile.ReadError(f"a header of {header.size:,} bytes")
+        return header
+
+
 def index_shard(path, stamp):
     """Make the Index of a tar shard such as img2dataset writes: NAME.jpg with its caption in NAME.txt or NAME.json.
 
@@ -694,8 +754,10 @@ def index_shard(path, stamp):
     """
     images, captions = {}, {".txt": {}, ".json": {}}
     try:
-        with tarfile.open(path, "r:", encoding="utf-8", errors="backslashreplace") as shard:
+        with tarfile.open(path, "r:", tarinfo=ShardHeader, encoding="utf-8", errors="backslashreplace") as shard:
             for member in shard:
+                if shard.offset < member.offset_data:  # tarfile would go back, and round for ever
+                    raise tarfile.ReadError(f"a negative size at byte {member.offset}")
                 name, kind = os.path.splitext(member.name)
                 found = images if kind.lower() in SHARD_IMAGES else captions.get(kind)
                 if found is not None and member.isreg() and not member.issparse():
@@ -752,7 +814,7 @@ def read_json(path):
 def check_rows(path, rows, required):
     """Return rows, a list of dicts that each hold what is required (as in FORMATS); else InputError."""
     if not isinstance(rows, list) or not rows:
-        raise InputError(f"{path}: wanted a list of one or more records, got {str(rows)[:40]}")
+        raise InputError(f"{path}: wanted a list of one or more records, got {short(rows)}")
     for number, row in enumerate(rows):
         problem = _record_problem(row, required)
         if problem:
@@ -770,7 +832,7 @@ def _record_problem(row, required):
         value = row.get(key)
         if type(value) not in kinds and not (isinstance(value, str | None) and value in kinds):
             wanted = " or ".join(kind.__name__ if isinstance(kind, type) else str(kind) for kind in kinds)
-            got = repr(value)[:40] if str in map(type, kinds) else type(value).__name__
+            got = short(value) if str in map(type, kinds) else type(value).__name__
             return f"key {key!r}: wanted {wanted}, got {got}"
         if type(value) is list and not all(isinstance(item, str) for item in value):
             return f"key {key!r}: wanted a list of strings"
@@ -794,13 +856,18 @@ def image_paths(record, task, files):
 def texts_of(record, task):
     """The raw texts of a record: its captions, or its one question, sentence or expression."""
     value = record[TEXT_KEYS.get(task, "caption")]
-    return [value] if isinstance(value, str) else value
+    return [valid_text(text) for text in ([value] if isinstance(value, str) else value)]
 
 
 def answers_of(record):
     """The answers of a VQA record, a list of str; None where it has none, as in a test file."""
     answers = record.get("answer")
-    return [answers] if isinstance(answers, str) else answers
+    return answers and [valid_text(answer) for answer in ([answers] if isinstance(answers, str) else answers)]
+
+
+def valid_text(text):
+    """A text of JSON with ? for each half of a surrogate pair, as where an emoji was cut: no tokenizer takes these."""
+    return text.encode(errors="replace").decode()
 
 
 def clean_text(text, task, max_words):
@@ -847,10 +914,17 @@ def open_image(path):
 
     BadImage for anything that goes wrong up to the end of that statement, and for over MAX_PIXELS pixels.
     """
+    def opened():
+        return Image.open(path.open() if isinstance(path, ShardImage) else path, formats=IMAGE_FORMATS)
+
     try:
-        with Image.open(path.open() if isinstance(path, ShardImage) else path, formats=IMAGE_FORMATS) as image:
+        with opened() as image:
             if image.width * image.height > MAX_PIXELS:
                 raise ValueError(f"{image.width} x {image.height} pixels are over {MAX_PIXELS:,}")
+            if image.format == "PNG":  # its checksums, which decoding leaves out; no other format has any
+                with opened() as twin:
+                    twin.verify()
+            image.filename = ""  # else uncompressed files are mapped: turned TIFFs garbled, the process killed by a cut
             yield image
     except Exception as error:  # decoders raise nearly every kind
         raise BadImage(f"{path}: {' '.join(str(error).split()) or type(error).__name__}") from None
@@ -858,20 +932,24 @@ def open_image(path):
 
 def turn_size(image, size):
     """size (width, height) of an opened image, as EXIF says it lies in the file or stands upright: one to the other."""
-    return size[::-1] if image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8) else size
+    turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+    return size[::-1] if turned and image.format != "TIFF" else size  # Pillow gives a TIFF's upright size
 
 
 def decode_image(image, least_size=None):
     """Decode an opened image as 8-bit RGB, upright (EXIF), its first frame where it has several.
 
+    Transparency is dropped, not laid over a background: the colour below it shows, often black or white [ALBEF].
     least_size: None, or a width and height that suffice: a JPEG is decoded at 1/2, 1/4 or 1/8 where that has as many.
     """
     if least_size:
         image.draft(None, turn_size(image, least_size))
     ImageOps.exif_transpose(image, in_place=True)
+    if image.mode == "F":
+        raise ValueError("its pixels are floats, of which nothing says what is white; save it with 8 or 16 bits")
     if image.mode.startswith("I"):  # 16 bits a pixel, which convert would clip at 255
         image = Image.fromarray(np.clip(np.asarray(image) // 257, 0, 255).astype(np.uint8))
-    image.load()  # convert would copy what is RGB already
+    image.info.pop("transparency", None)  # of a palette convert would warn
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
@@ -1096,8 +1174,10 @@ def load_retrieval(path, image_root, max_words):
     ((C,) int64, index into the paths).
     """
     images, captions, image_of_caption = [], [], []
-    for record in Records([path], "retrieval_eval"):
+    for number, record in enumerate(Records([path], "retrieval_eval")):
         texts = texts_of(record, "retrieval")
+        if not texts:
+            raise InputError(f"{path}: record {number} (from 0): no caption, yet each image is searched by one")
         captions += [softmask.clean_caption(text, max_words) for text in texts]
         image_of_caption += [len(images)] * len(texts)
         images.append(join_image_path(image_root, record["image"]))
@@ -1157,18 +1237,27 @@ def load_answers(path):
         raise InputError("data.vqa.answers is null; name the JSON list of answers to rank")
     answers = read_json(path)
     if not isinstance(answers, list) or not answers or not all(isinstance(answer, str) for answer in answers):
-        raise InputError(f"{path}: wanted a JSON list of one or more strings, got {str(answers)[:40]}")
+        raise InputError(f"{path}: wanted a JSON list of one or more strings, got {short(answers)}")
+    answers = list(map(valid_text, answers))
     if len(set(answers)) < len(answers):
         twice = next(answer for answer in answers if answers.count(answer) > 1)
         raise InputError(f"{path}: answer {twice!r} is there twice; each must be ranked once")
     return answers
 
 
-class PlainUnpickler(pickle.Unpickler):
-    """Reads lists, dicts, tuples, sets, numbers, strings and None; a pickle that names anything else is refused."""
+class PlainUnpickler(pickle._Unpickler):  # the one in C makes a table of 64 GB if seven bytes of the file say so
+    """Reads lists, dicts, numbers, strings and None; a pickle that names or holds anything else is refused."""
 
     def find_class(self, module, name):
         raise pickle.UnpicklingError(f"it names {module}.{name}, and only plain values are taken")
+
+    def refuse(self):
+        raise pickle.UnpicklingError("it holds tuples, sets or the like, and only plain values are taken")
+
+    # nested tuples take for ever as keys; LONG4 is a number of any length
+    dispatch = pickle._Unpickler.dispatch | dict.fromkeys((code[0] for code in (
+        pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3, pickle.EMPTY_TUPLE, pickle.EMPTY_SET,
+        pickle.FROZENSET, pickle.BYTEARRAY8, pickle.LONG4, pickle.BUILD)), refuse)
 
 
 def read_refs(path):
@@ -1180,7 +1269,7 @@ def read_refs(path):
         with open(path, "rb") as file:
             if os.fstat(file.fileno()).st_size > MAX_REFS_BYTES:
                 raise ValueError(f"over {MAX_REFS_BYTES:,} bytes")
-            refs = PlainUnpickler(file, encoding="latin1").load()
+            refs = PlainUnpickler(io.BytesIO(file.read()), encoding="latin1").load()
     except Exception as error:  # a broken pickle raises nearly every kind
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise InputError(f"{path}: no pickle of RefCOCO's references ({reason})") from None
@@ -1213,8 +1302,8 @@ def load_grounding(path, config):
         for good, problem in [
             ("split" in ref, f"ref_id {record['ref_id']} is not in {files.refs}"),
             (_is_box(annotation.get("bbox")), f"annotation {ref['ann_id']} has no bbox in {files.instances}"),
-            (image and min(image["height"], image["width"]) > 0,
-             f"image {ref['image_id']} has no size in {files.instances}"),
+            (image and min(image["height"], image["width"]) > 0 and image["height"] * image["width"] <= MAX_PIXELS,
+             f"image {ref['image_id']} has no size in {files.instances}, or one over {MAX_PIXELS:,} pixels"),
             (isinstance(boxes, list) and all(map(_is_box, boxes)),
              f"the proposals of image {ref['image_id']} in {files.dets} are no boxes [x, y, width, height]"),
         ]:
@@ -1289,7 +1378,7 @@ def check(config, task):
         left_out = f"; {records.left_out} samples without a caption left out" * bool(records.left_out)
         print(f"{path}: {len(records)} records; {len(missing)} of {len(images)} images missing{left_out}")
         for image in missing[:5]:
-            print(f"  missing: {image}")
+            print(f"  missing: {valid_text(image)}")
         found = found and not missing
         generator = torch.Generator().manual_seed(hash63("check", config.seed))
         order = torch.randperm(len(records), generator=generator)[:MAX_CHECKED_TEXTS].tolist()

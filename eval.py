@@ -4,6 +4,8 @@
     python eval.py pretrain --scale flickr8k --checkpoint DIR data.retrieval=flickr8k
     python eval.py masks --checkpoint DIR --image photo.jpg --text "a dog on a red sofa"
     python eval.py table DIR...                                # finished runs side by side, what each setting does
+    python eval.py curve DIR...                                # losses and R@1 while training: a picture in DIR
+    python eval.py check DIR                                   # is a quick start's output what it should be
 
 Metrics, percentages from 0 to 100 unless said otherwise:
   zero_shot, reranked   retrieval by ITC alone (itc once fine-tuned), and with the top k re-ranked by ITM, under ALBEF's
@@ -24,6 +26,7 @@ import json
 import math
 import os
 import pathlib
+import platform
 import re
 import sys
 
@@ -34,6 +37,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 import data
 import softmask
+
+RECORD = os.path.join(data.HERE, "tests", "quick_start.json")  # figures of the quick start, see check
 
 
 def rank() -> int:
@@ -117,14 +122,10 @@ def to_device(tokens, device):
 
 
 @torch.no_grad()
-def retrieval_scores(model, tokenize, paths, captions, config):
-    """Similarities of a gallery by ITC, and the ITM scores of the top k in both directions.
+def similarities(model, tokenize, paths, captions, config):
+    """Similarities of a gallery by ITC, sim (I, T) float32, and of each text its states (length, D), on the CPU.
 
-    Returns sim (I, T) float32, and scores_i2t (I, T), scores_t2i (T, I): "match" logits of the pairs in the top k of
-    their image or text by ITC, -inf elsewhere. k is eval.top_k, at most the gallery. [ALBEF] Retrieval.py
-    The pairs of both directions are grouped by image, whose keys and values are projected once. No image state is kept
-    (COCO 5K at 384 pixels: 8.9 GB); each image is encoded once for ITC and once for ITM. Images are dealt out to the
-    processes; every process returns all scores.
+    Images are dealt out to the processes, each encoded once; every process returns all.
     """
     device, encoders = model.temp.device, model.encoders
     mine = list(range(rank(), len(paths), world_size()))
@@ -140,10 +141,22 @@ def retrieval_scores(model, tokenize, paths, captions, config):
             text_feat.append(encoders.text_feat(embeds))
             lengths = tokens["attention_mask"].sum(1).tolist()
             text_states += [state[:length] for state, length in zip(embeds.cpu(), lengths)]
-    if world_size() > 1:
-        dist.all_reduce(image_feat)
-    sim = image_feat @ torch.cat(text_feat).T  # (I, T)
+    return share(image_feat) @ torch.cat(text_feat).T, text_states
 
+
+@torch.no_grad()
+def retrieval_scores(model, tokenize, paths, captions, config):
+    """Similarities of a gallery by ITC, and the ITM scores of the top k in both directions.
+
+    Returns sim (I, T) float32, and scores_i2t (I, T), scores_t2i (T, I): "match" logits of the pairs in the top k of
+    their image or text by ITC, -inf elsewhere. k is eval.top_k, at most the gallery. [ALBEF] Retrieval.py
+    The pairs of both directions are grouped by image, whose keys and values are projected once. No image state is kept
+    (COCO 5K at 384 pixels: 8.9 GB); each image is encoded once for ITC and once for ITM. Images are dealt out to the
+    processes; every process returns all scores.
+    """
+    device, encoders = model.temp.device, model.encoders
+    mine = list(range(rank(), len(paths), world_size()))
+    sim, text_states = similarities(model, tokenize, paths, captions, config)
     k_text, k_image = min(config.eval.top_k, len(captions)), min(config.eval.top_k, len(paths))
     wanted_i2t = torch.zeros_like(sim, dtype=torch.bool).scatter_(1, sim.topk(k_text, 1).indices, True)
     wanted_t2i = torch.zeros_like(sim, dtype=torch.bool).scatter_(0, sim.topk(k_image, 0).indices, True)
@@ -554,6 +567,26 @@ def evaluate_pretrained(model, tokenizer, config, out, split="test"):
     return metrics
 
 
+def watch_pretraining(tokenizer, config, out):
+    """A function of a model and its step: it returns R@1 by ITC on val, {txt_r1, img_r1}, and draws out/masks_STEP.png,
+    the soft masks of val's first caption. Random numbers of training are left as they are."""
+    settings = config.data.retrieval_sets[config.data.retrieval]
+    paths, captions, image_of_text = data.load_retrieval(settings.val, settings.image_root, config.data.max_words)
+    max_tokens = config.pretrain.max_tokens
+    tokenize = functools.partial(softmask.tokenize, tokenizer, max_tokens=max_tokens)
+
+    def watch(model, step):
+        model.eval()
+        sim, _ = similarities(model, tokenize, paths, captions, config)
+        metrics = retrieval_metrics(sim, sim.T, torch.from_numpy(image_of_text).to(sim.device))
+        if rank() == 0 and len(model.encoders.fusion.layers) > 1:
+            api = softmask.Pretrained(model, tokenizer, max_tokens, config.data.max_words)
+            draw_masks(api, [(paths[0], captions[0])], os.path.join(out, f"masks_{step}.png"), 78, f"step {step}: ")
+        return {name: metrics[name] for name in ("txt_r1", "img_r1")}
+
+    return watch
+
+
 def format_metrics(metrics: dict) -> str:
     """The results as a table to read."""
     lines = []
@@ -591,11 +624,11 @@ def heat(value):
     return (np.clip(np.stack([3 * value, 3 * value - 1, 3 * value - 2], -1), 0, 1) * 255).astype(np.uint8)
 
 
-def draw_masks(api, pairs, path, side=192):
+def draw_masks(api, pairs, path, side=192, title=""):
     """A sheet of pictures: a row a pair, the image, then for each word its soft mask laid over the image.
 
-    api: softmask.Pretrained; pairs: (image path, text). Bright = relevant = hidden most in the soft-masked image. Written
-    as PNG to path.
+    api: softmask.Pretrained; pairs: (image path, text); title: stands before each text. Bright = relevant = hidden
+    most in the soft-masked image. Written as PNG to path.
     """
     rows = []
     font = ImageFont.load_default(14)
@@ -615,7 +648,7 @@ def draw_masks(api, pairs, path, side=192):
             grey = np.asarray(image.convert("L"), dtype=np.float32)[..., None].repeat(3, -1)
             mixed = 0.45 * grey + 0.55 * heat(value).astype(np.float32)
             cells.append((Image.fromarray(mixed.astype(np.uint8)), word))
-        rows.append((text, cells))
+        rows.append((title + text, cells))
     caption_height, label_height, gap = 20, 20, 4
     width = max(len(cells) for _, cells in rows) * (side + gap) + gap
     row_height = caption_height + side + label_height + gap
@@ -629,6 +662,85 @@ def draw_masks(api, pairs, path, side=192):
             sheet.paste(picture, (left, top + caption_height))
             pen.text((left + 2, top + caption_height + side + 1), label, fill="black", font=font)
     data.write_atomically(path, lambda file: sheet.save(file, "PNG"))
+
+
+def draw_curves(logs, names, path, width=900, height=330):
+    """Training as a picture: loss parts, and R@1 by ITC on val where the logs have it, against pairs seen.
+
+    logs: of each run the lines of its log.jsonl; names: of the runs, each lighter than the one before. Written as PNG.
+    """
+    sheet, font = Image.new("RGB", (2 * width, 2 * height), "white"), ImageFont.load_default(26)  # halved at the end
+    pen, colors = ImageDraw.Draw(sheet), ((31, 119, 180), (214, 39, 40), (255, 127, 14), (44, 160, 44))
+    rounds = [digit * 10.0**power for power in range(-4, 15) for digit in (1, 2, 5)]
+    fields = dict.fromkeys(name for log in logs for line in log for name in line)
+    panels = [("loss, logarithmic", [name for name in fields if name.startswith("loss_")]),
+              ("R@1 by ITC on val, %", [name for name in ("txt_r1", "img_r1") if name in fields])]  # fmt: skip
+    panels = [panel for panel in panels if panel[1]]
+    for number, (title, shown) in enumerate(panels):
+        left, right = (2 * width * (number + end) // len(panels) for end in (0, 1))
+        left, right, top, bottom = left + 100, right - 40, 70, 2 * height - 150
+        curves = [(i, run, [(line["pairs"], line[name]) for line in log if name in line])
+                  for i, name in enumerate(shown) for run, log in enumerate(logs)]  # fmt: skip
+        xs, ys = zip(*(point for *_, points in curves for point in points))
+        logarithmic = title.startswith("loss")  # the parts differ tenfold
+        low, high = max(min(ys), 1e-4) if logarithmic else 0, max(*ys, 1e-3)
+
+        def place(x, y):
+            up = math.log(max(y, low) / low) / max(math.log(high / low), 1e-9) if logarithmic else y / high
+            return left + (right - left) * x / max(xs), bottom - (bottom - top) * up
+
+        x_step, y_step = (next(step for step in rounds if largest < 7 * step) for largest in (max(xs), high))
+        for y in [y for y in rounds if low <= y <= high] if logarithmic else np.arange(0, high, y_step):
+            pen.line([place(0, y), place(max(xs), y)], (221, 221, 221), 2)
+            pen.text((left - 12, place(0, y)[1]), f"{y:g}", "black", font, "rm")
+        for x in np.arange(0, max(xs), x_step):
+            pen.text((place(x, high)[0], bottom + 14), f"{x:g}", "black", font, "mt")
+        pen.line([(left, top), (left, bottom), (right, bottom)], "black", 2)
+        pen.text(((left + right) / 2, bottom + 52), "pairs seen", "black", font, "mt")
+        pen.text((left, 18), title, "black", font)
+        for i, run, points in reversed(curves):
+            color = tuple(round(255 - (255 - part) * (1 - 0.65 * run / len(logs))) for part in colors[i % 4])
+            parts = np.array_split(points, min(len(points), 200) or 1)  # more would be a band, not a line
+            points = [place(*np.mean(part, axis=0)) for part in parts if len(part)]
+            pen.line(points, color, 5, "curve")
+            for x, y in points if len(points) < 40 and not logarithmic else []:
+                pen.ellipse([x - 6, y - 6, x + 6, y + 6], color)
+        legend = right
+        for i, name in reversed(list(enumerate(shown))):
+            pen.text((legend, 18), name.removeprefix("loss_"), colors[i % 4], font, "ra")
+            legend -= pen.textlength(name.removeprefix("loss_"), font) + 30
+    if len(logs) > 1:
+        pen.text((20, 2 * height - 40), f"dark to light: {', '.join(names)}", "black", font)
+    sheet = sheet.resize((width, height), Image.Resampling.LANCZOS).quantize(64)
+    data.write_atomically(path, lambda file: sheet.save(file, "PNG"))
+
+
+def curve(folders):
+    """Draw curve.png, and masks_over_training.png of the masks_STEP.png that there are, both in the first of folders."""
+    logs = []
+    for folder in folders:
+        file = os.path.join(folder, "log.jsonl")
+        with open(file, encoding="utf-8") as lines:
+            try:
+                log = [json.loads(line) for line in lines if line.endswith("\n")]
+            except ValueError as error:
+                raise data.InputError(f"{file}: not JSON ({error})") from None
+        if not log or "pairs" not in log[0]:
+            raise data.InputError(f"{file} has no line yet, or none that says how many pairs were seen")
+        logs.append(log)
+    target = os.path.join(folders[0], "curve.png")
+    draw_curves(logs, folders, target)
+    print(target)
+    rows = [os.path.join(folders[0], f"masks_{line['step']}.png") for line in logs[0] if "txt_r1" in line]
+    rows = [Image.open(row) for row in rows if os.path.isfile(row)]
+    if rows:
+        rows = [rows[int(i)] for i in np.linspace(0, len(rows) - 1, min(len(rows), 8))]
+        sheet = Image.new("RGB", (rows[0].width, sum(row.height for row in rows)))
+        for i, row in enumerate(rows):
+            sheet.paste(row, (0, i * row.height))
+        target = os.path.join(folders[0], "masks_over_training.png")
+        data.write_atomically(target, lambda file: sheet.quantize(256).save(file, "PNG"))
+        print(target)
 
 
 # Tables of runs
@@ -659,25 +771,40 @@ def headline(metrics: dict) -> dict[str, float]:
     return found | {name: value for name, value in metrics.items() if isinstance(value, float) and not aside.search(name)}
 
 
+def read_run(file) -> dict:
+    """What a metrics.json holds, settings flat and without those of other tasks."""
+    run = data.read_json(file)
+    if not isinstance(run, dict) or not {"task", "seed", "step", "settings", "metrics"} <= run.keys():
+        raise data.InputError(f"{file} was not written by train.py: it lacks task, seed, step, settings or metrics")
+    own = {name: part for name, part in run["settings"].items() if name == run["task"] or name not in data.TASKS}
+    return run | {"settings": flatten(own)}
+
+
 def read_runs(folders) -> dict:
-    """The metrics.json in and below folders, {task: [(settings, seed, figures)]}; of the settings those that differ."""
+    """The metrics.json in and below folders, {task: [(settings, seed, figures)]}; of the settings those that differ.
+
+    Settings that only ever change together are one: {"method.distort_blur, method.distort_hue": "0.5, 0.1"}.
+    """
     files = sorted({file for folder in folders for file in pathlib.Path(folder).rglob("metrics.json")})
     if not files:
         raise data.InputError(f"no metrics.json in {', '.join(map(str, folders))}, which a run writes at its end")
     runs = {}
     for file in files:
-        run = data.read_json(file)
-        if not isinstance(run, dict) or not {"task", "settings", "metrics"} <= run.keys():
-            raise data.InputError(f"{file} was not written by train.py: it lacks task, settings or metrics")
-        own = {name: part for name, part in run["settings"].items() if name == run["task"] or name not in data.TASKS}
-        figures = headline(run["metrics"])
+        run = read_run(file)
+        settings, figures = run["settings"], headline(run["metrics"])
         if figures:
-            settings = flatten(own)
             runs.setdefault(run["task"], []).append((settings, settings.pop("seed"), figures))
     for task, found in runs.items():
         keys = dict.fromkeys(key for settings, _, _ in found for key in settings)
-        differing = [key for key in keys if len({settings.get(key) for settings, _, _ in found}) > 1]
-        runs[task] = [({key: row.get(key) for key in differing}, seed, figures) for row, seed, figures in found]
+        together = {}  # which runs share a value of it -> the settings of which the same runs do
+        for key in keys:
+            values = [settings.get(key) for settings, _, _ in found]
+            together.setdefault(tuple(values.index(value) for value in values), []).append(key)
+        differing = [names for pattern, names in together.items() if any(pattern)]
+        runs[task] = [
+            ({", ".join(names): ", ".join(str(row.get(name)) for name in names) for names in differing}, seed, figures)
+            for row, seed, figures in found
+        ]
     return runs
 
 
@@ -724,6 +851,86 @@ def tabulate(runs) -> str:
     return "\n\n".join(tables)
 
 
+# The recorded quick start
+
+
+# Settings that change no figure of a run, and the seed, which is compared apart.
+CHANGES_NO_FIGURE = {"seed", "device", "num_workers", "log_every_steps", "checkpoint_every_steps", "eval_every_steps",
+                     "max_bad_image_share", "eval.pictures"}
+# How many standard deviations three mean for a normal law that is known from so many runs: Student's t at 99.73 %.
+STUDENT = {3: 19.21, 4: 9.219, 5: 6.620, 6: 5.507, 7: 4.904, 8: 4.530, 9: 4.277, 10: 4.094}
+
+
+def platform_of(config) -> dict:
+    """What decides how a run rounds: where it is the same, the same command gives the same bits on the CPU."""
+    device, processor = resolve_device(config), platform.processor()
+    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:  # Linux
+        processor = next((line.split(":")[1].strip() for line in file if line.startswith("model name")), processor)
+    return {
+        "torch": str(torch.__version__), "machine": platform.machine(), "processor": processor,
+        "capability": torch.backends.cpu.get_cpu_capability(),  # the instructions that kernels use
+        "threads": torch.get_num_threads(), "processes": world_size(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+    }  # fmt: skip
+
+
+def differences(before: dict, now: dict) -> list[str]:
+    """What differs between two dicts, as "key: before recorded, now here"."""
+    keys = [key for key in before | now if before.get(key) != now.get(key)]
+    return [f"{key}: {before.get(key)} recorded, {now.get(key)} here" for key in keys]
+
+
+def computed(run) -> dict:
+    """The settings, flat, that decide the figures of a run of read_run, and its task and number of steps."""
+    settings = {name: value for name, value in run["settings"].items() if name not in CHANGES_NO_FIGURE}
+    return {"task": run["task"], "step": run["step"]} | settings
+
+
+def record(folders, path=RECORD):
+    """Write the figures of finished runs, which may differ in seed and platform, as those that check compares with."""
+    runs = [read_run(os.path.join(folder, "metrics.json")) for folder in folders]
+    for folder, run in zip(folders, runs):
+        if other := differences(computed(runs[0]), computed(run)):
+            raise data.InputError(f"{folder} is a run under other settings than {folders[0]}: {'; '.join(other[:4])}")
+    kept = [{name: run.get(name, {}) for name in ("seed", "platform", "metrics")} for run in runs]
+    content = json.dumps({"settings": computed(runs[0]), "runs": kept}, indent=1)
+    data.write_atomically(path, content.encode())
+
+
+def check(folder, path=RECORD) -> int:
+    """Print how a finished run compares with the recorded ones; 0 where it agrees with them, 1 where it does not.
+
+    On a recorded platform with a recorded seed every figure must be equal. Elsewhere the figures of headline must lie
+    within mean ± 3 standard deviations s of the n recorded runs, widened for so few: t s sqrt(1 + 1 / n), where t is
+    STUDENT's. s is at least 0.1, one item of 1,000. [ours] InputError for a run under other settings.
+    """
+    run, recorded = read_run(os.path.join(folder, "metrics.json")), data.read_json(path)
+    if other := differences(recorded["settings"], computed(run)):
+        raise data.InputError(f"{folder} is a run under other settings than the recorded: {'; '.join(other[:4])}")
+    runs = recorded["runs"]
+    own = {"seed": run["seed"]} | run.get("platform", {})
+    apart = [differences({"seed": known["seed"]} | known["platform"], own) for known in runs]
+    nearest = min(range(len(runs)), key=lambda i: len(apart[i]))
+    if not apart[nearest]:
+        print("exact: platform and seed are recorded ones, so every figure must be equal")
+        figures = flatten(run["metrics"])
+        outside = differences(flatten(runs[nearest]["metrics"]), figures)
+    elif len(runs) < 3:
+        raise data.InputError(f"{path} has {len(runs)} runs, none of this platform and seed; a spread takes 3")
+    else:
+        print(f"within the spread of {len(runs)} runs, none of this platform and seed ({'; '.join(apart[nearest])})")
+        rows, figures, outside = [headline(known["metrics"]) for known in runs], headline(run["metrics"]), []
+        for name in rows[0]:
+            values = [row[name] for row in rows]
+            mean, spread = np.mean(values), max(np.std(values, ddof=1), 0.1)
+            reach = STUDENT[min(len(runs), 10)] * spread * math.sqrt(1 + 1 / len(runs))
+            if not abs(figures.get(name, math.nan) - mean) <= reach:
+                low, high = mean - reach, mean + reach
+                outside.append(f"{name}: {low:.1f} to {high:.1f} expected, {figures.get(name)} here")
+    print(*outside, f"{len(figures) - len(outside)} of {len(figures)} figures agree", sep="\n")
+    return int(bool(outside))
+
+
 # The command line
 
 
@@ -757,22 +964,29 @@ def load_for(task, path, device):
 
 def main(arguments):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], usage=__doc__.split("\n\n")[1])
-    parser.add_argument("words", nargs="+", metavar="TASK|masks|table key=value", help="what to evaluate; settings to override")
+    parser.add_argument("words", nargs="+", metavar="TASK|masks|table|curve|check key=value",
+                        help="what to evaluate; settings to override")  # fmt: skip
     parser.add_argument("--scale", default="scenes", help="scale of config.yaml (default: scenes)")
     parser.add_argument("--checkpoint", help="folder or file (default: out/SCALE/TASK)")
     parser.add_argument("--image", help="masks: your own image")
     parser.add_argument("--text", help="masks: your own sentence")
     parser.add_argument("--split", default="test", choices=("val", "test"), help="split to evaluate on")
     parser.add_argument("--out", help="masks: the PNG to write (default: masks.png in the checkpoint's folder)")
+    parser.add_argument("--record", action="store_true", help="check: write the figures of DIR... as the recorded ones")
     options = parser.parse_intermixed_args(arguments)
     overrides = [word for word in options.words if "=" in word]
     task, *rest = [word for word in options.words if "=" not in word] or [""]
     if task == "table":
         print("\n\n".join(f"{name}\n\n{tabulate(runs)}" for name, runs in read_runs(rest or ["out"]).items()))
-        return
+        return 0
+    if task == "curve":
+        return curve(rest or ["out/scenes/pretrain"])
+    if task == "check":
+        folders = rest or ["out/scenes/pretrain"]
+        return record(folders) if options.record else max(check(folder) for folder in folders)
     tasks = [name for name in data.TASKS if name != "nlvr2_pretrain"] + ["masks"]
     if rest or task not in tasks:
-        raise data.InputError(f"{' '.join([task, *rest])!r} is none of {', '.join([*tasks, 'table'])}")
+        raise data.InputError(f"{' '.join([task, *rest])!r} is none of {', '.join([*tasks, 'table', 'curve', 'check'])}")
     config = data.load_config(options.scale, overrides)
     join_processes(config)
     if task != "masks" or options.image is None:  # one's own image needs no scenes
@@ -838,4 +1052,4 @@ def one_line_errors():
 
 if __name__ == "__main__":
     with one_line_errors():
-        main(sys.argv[1:])
+        sys.exit(main(sys.argv[1:]))

@@ -53,6 +53,7 @@ import torch
 import torch.distributed
 import torch.nn as nn
 import torch.nn.functional as F
+from PIL import ImageOps
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
 
@@ -1309,9 +1310,9 @@ class Pretrained:
 
     @torch.no_grad()
     def image_embeds(self, image):
-        """image_embeds (1, 1 + N, D) of a PIL image."""
-        vision = self.encoders.vision
-        pixels = TF.to_dtype(TF.to_image(square(image.convert("RGB"), vision.grid * vision.patch_size)), scale=True)
+        """image_embeds (1, 1 + N, D) of a PIL image of 8 bits a channel, which is turned as its EXIF says."""
+        vision, image = self.encoders.vision, ImageOps.exif_transpose(image).convert("RGB")
+        pixels = TF.to_dtype(TF.to_image(square(image, vision.grid * vision.patch_size)), scale=True)
         return self.encoders.encode_image(normalize(pixels[None].to(self.model.temp.device)))
 
     @torch.no_grad()

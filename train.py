@@ -9,8 +9,9 @@
 
 Tasks: pretrain, retrieval, vqa, nlvr2_pretrain, nlvr2, entailment, grounding. Pre-training ends with its evaluation;
 fine-tuning is evaluated on val after each epoch, the best epoch is kept as best.pt and tested once, at the end.
-Out (out/SCALE/TASK unless --out says otherwise): checkpoint.pt, best.pt, log.jsonl, metrics.json, and masks.png of
-pre-training, answers_test.json of VQA. The same command in the same folder goes on where it stopped; --fresh starts over.
+Out (out/SCALE/TASK unless --out says otherwise): checkpoint.pt, best.pt, log.jsonl, metrics.json, and masks.png,
+masks_STEP.png of pre-training, answers_test.json of VQA. The same command in the same folder goes on where it stopped;
+--fresh starts over.
 
 A line of log.jsonl, means over the steps since the line before and over all processes:
   step               optimizer steps done                    epoch             passes over the data, a fraction
@@ -26,6 +27,8 @@ A line of log.jsonl, means over the steps since the line before and over all pro
   bad_images         records replaced so far, because their image or caption could not be used
   skipped_steps      steps left out so far, their loss or gradient not being finite; the means are without them
   truncated          share of captions cut at its task's max_tokens
+  pairs              records seen so far, over all processes
+  txt_r1, img_r1     R@1 by ITC on val, 0 to 100: in pre-training every eval_every_steps, and then at its end too
   pairs_per_second   over all processes                      seconds           since this process started
 """
 
@@ -53,8 +56,8 @@ import eval as evaluation
 import softmask
 
 # Settings that do not change what a run computes: a run may go on under other values of them.
-FREE_SETTINGS = {"num_workers", "device", "compile", "checkpointing", "checkpoint_every_steps", "max_bad_image_share",
-                 "max_skipped_steps", "eval", "scale"}
+FREE_SETTINGS = {"num_workers", "device", "compile", "checkpointing", "checkpoint_every_steps", "eval_every_steps",
+                 "max_bad_image_share", "max_skipped_steps", "eval", "scale"}
 
 
 def lr_at(step: int, total_steps: int, task) -> float:
@@ -201,14 +204,15 @@ def train(model, optimizer, loader, config, task, run):
 class Run:
     """The output folder of a run: its log, its checkpoint, its counters. Process 0 alone writes."""
 
-    def __init__(self, out, config, settings, task_name, task, steps_per_epoch, digest, tokenizer, validate):
+    def __init__(self, out, config, settings, task_name, task, steps_per_epoch, digest, tokenizer, validate, watch):
         """settings: config as a dict, as it was before the scenes' folder went in: what the checkpoint holds.
 
         digest: of the annotation files. validate: after each epoch it takes the model and returns metrics, {} where
-        there is nothing to evaluate on.
+        there is nothing to evaluate on. watch: takes the model and the step, every eval_every_steps, and returns fields
+        for the log; None: never.
         """
         self.out, self.config, self.settings, self.task_name = out, config, settings, task_name
-        self.validate, self.digest = validate, digest
+        self.validate, self.watch, self.digest = validate, watch, digest
         self.best = None  # {epoch, score, metrics} of the best epoch on val
         self.steps_per_epoch = steps_per_epoch
         self.total_steps = task.epochs * steps_per_epoch
@@ -353,7 +357,7 @@ class Run:
         if self.bar is not None:
             self.bar.update()
         if self.step % self.config.log_every_steps == 0 or last:
-            self.log()
+            self.log(model, last)
         epoch_ends = self.step % self.steps_per_epoch == 0
         if epoch_ends:
             self.keep_best(model)
@@ -376,8 +380,8 @@ class Run:
         if self.bar is not None:
             self.bar.close()
 
-    def log(self):
-        """Write a line of log.jsonl."""
+    def log(self, model, last):
+        """Write a line of log.jsonl, with the figures of watch where they are due."""
         means = torch.stack([total.double().cpu() / count for total, count in self.sums.values()])
         counts = self.counts
         if evaluation.world_size() > 1:
@@ -391,9 +395,13 @@ class Run:
         line |= {name: float(f"{mean:.6g}") for name, mean in zip(self.sums, means.tolist())}
         now = time.perf_counter()
         line |= {"bad_images": self.bad_images, "skipped_steps": self.skipped_steps, "truncated": truncated / pairs}
+        line |= {"pairs": self.seen}
         line |= {"pairs_per_second": round(pairs / (now - self.interval_started), 1)}
         line |= {"seconds": round(now - self.started, 1)}
-        self.sums, self.counts, self.interval_started = {}, torch.zeros_like(self.counts), now
+        if self.watch and (last or self.step % self.config.eval_every_steps == 0):
+            line |= self.watch(model, self.step)
+            model.train()
+        self.sums, self.counts, self.interval_started = {}, torch.zeros_like(self.counts), time.perf_counter()
         if evaluation.rank() == 0:
             path = os.path.join(self.out, "log.jsonl")
             with data.writing(path), open(path, "a", encoding="utf-8") as file:
@@ -549,8 +557,10 @@ def run_task(task_name, config, settings, out, fresh):
         with_figures = task_name not in ("pretrain", "nlvr2_pretrain")
         return evaluation.evaluate(task_name, model, tokenizer, config, split, out) if with_figures else {}
 
-    digest, validate = dataset.records.digest, functools.partial(evaluate, "val")
-    run = Run(out, config, settings, task_name, task, steps_per_epoch, digest, tokenizer, validate)
+    digest, validate, watch = dataset.records.digest, functools.partial(evaluate, "val"), None
+    if task_name == "pretrain" and config.eval_every_steps:
+        watch = evaluation.watch_pretraining(tokenizer, config, out)
+    run = Run(out, config, settings, task_name, task, steps_per_epoch, digest, tokenizer, validate, watch)
     model.to(device)
     optimizer = torch.optim.AdamW(parameter_groups(model, task), lr=task.lr, fused=True)
     if fresh or not run.resume(model, optimizer):
@@ -637,7 +647,7 @@ def main(arguments):
         step, metrics = run_task(options.task, config, settings, options.out, fresh)
         if evaluation.rank() == 0:
             result = {"task": options.task, "scale": config.scale, "seed": config.seed, "step": step}
-            result |= {"settings": settings, "metrics": metrics}
+            result |= {"settings": settings, "platform": evaluation.platform_of(config), "metrics": metrics}
             data.write_atomically(os.path.join(options.out, "metrics.json"), json.dumps(result, indent=1).encode())
             print(evaluation.format_metrics(metrics))
             print(f"all of it in {options.out}")

@@ -4,6 +4,7 @@ import functools
 import json
 import math
 import os
+import pathlib
 
 import pytest
 import torch
@@ -262,3 +263,108 @@ def test_image_that_cannot_be_read_stops_evaluation(trained, tmp_path):
                  f"data.retrieval_sets.scenes.test={tmp_path / 'rows.json'}")  # fmt: skip
     assert "images/none.jpg" in result.err.splitlines()[-1] and "evaluation needs every image" in result.err
     assert result.status == 2 and "Traceback" not in result.err and result.err.splitlines()[-1].startswith("error: ")
+
+
+# The recorded quick start
+
+
+@pytest.fixture
+def runs(tmp_path, trained):
+    """write(name, seed, r1, torch) makes a finished run with R@1 r1, in tmp_path/name; and record.json of five."""
+    def write(name, seed, r1, torch="2.0", **changes):
+        run = json.loads(pathlib.Path(trained.out, "metrics.json").read_text()) | {"seed": seed}
+        run["settings"] |= {"seed": seed} | changes
+        run["platform"] |= {"torch": torch}
+        run["metrics"]["zero_shot"] |= {"txt_r1": r1, "img_r1": r1}
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.json").write_text(json.dumps(run))
+        return tmp_path / name
+
+    evaluation.record([write(f"seed{seed}", seed, 20.0 + seed) for seed in range(5)], tmp_path / "record.json")
+    return write, tmp_path / "record.json"
+
+
+def test_check_is_exact_on_a_recorded_platform(runs, capsys):
+    write, record = runs
+    assert evaluation.check(write("same", 3, 23.0, num_workers=4, checkpoint_every_steps=60), record) == 0
+    assert capsys.readouterr().out.startswith("exact: ")
+    assert evaluation.check(write("other", 3, 23.0 + 1e-9), record) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in lines[:-1]] == ["exact", "zero_shot.txt_r1", "zero_shot.img_r1"]
+    assert lines[1] == "zero_shot.txt_r1: 23.0 recorded, 23.000000001 here" and lines[-1].endswith("figures agree")
+
+
+@pytest.mark.parametrize("r1, inside", [(10.6, True), (33.4, True), (10.5, False), (33.5, False), (math.nan, False)])
+def test_check_elsewhere_takes_the_seeds_spread(r1, inside, runs, capsys):
+    # 20 to 24: 22 +- 6.62 * sqrt(2.5) * sqrt(6 / 5) = 22 +- 11.47; the other figures are the same five times
+    write, record = runs
+    assert evaluation.check(write("other", 3, r1, "2.1"), record) == (0 if inside else 1)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("within the spread of 5 runs") and lines[0].endswith("(torch: 2.0 recorded, 2.1 here)")
+    assert [line for line in lines[1:-1]] == ([] if inside else [f"R@1 by ITC: 10.5 to 33.5 expected, {r1} here"])
+    assert evaluation.check(write("seed7", 7, r1), record) == (0 if inside else 1)
+    assert "(seed: " in capsys.readouterr().out
+
+
+def test_check_refuses_other_settings_and_too_few_runs(runs, tmp_path, trained):
+    write, record = runs
+    with pytest.raises(data.InputError, match="precision: float32 recorded, bf16 here"):
+        evaluation.check(write("other", 3, 23.0, precision="bf16"), record)
+    with pytest.raises(data.InputError, match="other is a run under other settings than .*seed1: precision"):
+        evaluation.record([tmp_path / "seed1", tmp_path / "other"], record)
+    evaluation.record([tmp_path / "seed1", tmp_path / "seed2"], record)
+    with pytest.raises(data.InputError, match="has 2 runs, none of this platform and seed"):
+        evaluation.check(tmp_path / "seed3", record)
+    result = run(tmp_path, "eval.py", "check", trained.out)  # against the quick start's
+    assert f"{trained.out} is a run under other settings than the recorded: " in result.error
+    assert "step: 1624 recorded, 120 here" in result.error
+
+
+@pytest.mark.parametrize("runs, t", evaluation.STUDENT.items())
+def test_quantiles_of_students_distribution(runs, t):
+    # with x = sqrt(n) tan(angle) its density is cos(angle)^(n - 1), n degrees of freedom
+    angle = torch.linspace(0, math.pi / 2, 1_000_001, dtype=torch.float64)
+    density = angle.cos() ** (runs - 2)
+    inside = density[angle <= math.atan(t / math.sqrt(runs - 1))].sum() / density.sum()
+    assert inside == pytest.approx(math.erf(3 / math.sqrt(2)), abs=2e-5)
+
+
+def test_recorded_figures_are_of_the_present_settings(tmp_path):
+    settings = data.config_to_dict(data.load_config("scenes"))
+    recorded = data.read_json(evaluation.RECORD)["settings"]
+    run = {"task": "pretrain", "seed": 42, "step": recorded["step"], "settings": settings, "metrics": {}}
+    (tmp_path / "metrics.json").write_text(json.dumps(run))
+    assert evaluation.computed(evaluation.read_run(tmp_path / "metrics.json")) == recorded
+
+
+# Curves
+
+
+def test_curve_of_a_run(trained, tmp_path):
+    log = commands.read_log(trained.out)
+    assert [line["step"] for line in log if "txt_r1" in line] == [60, 120]
+    result = run(tmp_path, "eval.py", "pretrain", "--checkpoint", trained.out, "--split", "val", *trained.arguments)
+    by_itc = result.out.splitlines()[1].split()  # by ITC, then txt_r1 to img_r10
+    assert [by_itc[2], by_itc[5]] == [f"{log[-1][name]:.1f}" for name in ("txt_r1", "img_r1")]
+    result = run(tmp_path, "eval.py", "curve", trained.out)
+    assert result.status == 0 and result.out.split() == [
+        os.path.join(trained.out, name) for name in ("curve.png", "masks_over_training.png")
+    ], result.err
+    with Image.open(os.path.join(trained.out, "curve.png")) as picture:
+        assert picture.size == (900, 330) and len(picture.convert("RGB").getcolors(2**20)) > 8
+    with Image.open(os.path.join(trained.out, "masks_over_training.png")) as sheet:
+        with Image.open(os.path.join(trained.out, "masks_60.png")) as first:
+            assert sheet.size == (first.width, 2 * first.height)
+
+
+def test_curve_of_two_fine_tuning_runs_and_of_none(tmp_path):
+    for name, losses in (("one", [0.5, 0.0]), ("two", [3.0])):
+        (tmp_path / name).mkdir()
+        lines = [{"step": i + 1, "pairs": 8 * i + 8, "loss": loss, "loss_cls": loss} for i, loss in enumerate(losses)]
+        (tmp_path / name / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 3, "e')
+    result = run(tmp_path, "eval.py", "curve", "one", "two", cwd=tmp_path)
+    assert result.status == 0 and result.out == os.path.join("one", "curve.png") + "\n", result.err
+    for content, message in (('{"step": 1}\n', "none that says"), ("{\n", "not JSON"), ("", "no line yet")):
+        (tmp_path / "two" / "log.jsonl").write_text(content)
+        assert message in run(tmp_path, "eval.py", "curve", "two", cwd=tmp_path).error
+    assert "log.jsonl" in run(tmp_path, "eval.py", "curve", "three", cwd=tmp_path).error

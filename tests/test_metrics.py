@@ -248,6 +248,17 @@ def test_table_groups_seeds_and_pairs_runs_that_differ_in_one_setting(tmp_path, 
     ]
 
 
+def test_table_takes_settings_that_change_together_as_one(tmp_path, capsys):
+    write_run(tmp_path / "a", 1, 10.0, mask_text_for="all", distort_blur=0.5)
+    write_run(tmp_path / "b", 1, 7.0, mask_text_for="mlm", distort_blur=0.0)
+    write_run(tmp_path / "c", 1, 6.0, mask_text_for="mlm", distort_blur=0.0, focal_gamma=0.0)
+    evaluation.main(["table", str(tmp_path)])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2].startswith("| method.focal_gamma | method.mask_text_for, method.distort_blur | runs |")
+    assert lines[-2].startswith("| method.mask_text_for, method.distort_blur | all, 0.5 | mlm, 0.0 | 1 | -3.0 | ")
+    assert lines[-1].startswith("| method.focal_gamma | 2.0 | 0.0 | 1 | -1.0 | ")
+
+
 def test_table_refuses_what_is_no_run(tmp_path):
     with pytest.raises(data.InputError, match="no metrics.json in"):
         evaluation.main(["table", str(tmp_path)])

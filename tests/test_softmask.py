@@ -2,6 +2,7 @@
 
 import collections
 import copy
+import io
 import math
 import os
 import random
@@ -1693,6 +1694,10 @@ def test_pretrained_features(trained):
     assert_near(text_feat, model.encoders.text_feat(text_embeds)[0])
     for feat in (image_feat, text_feat):
         assert feat.shape == (8,) and feat.norm().item() == pytest.approx(1) and not feat.requires_grad
+    exif, file = Image.Exif(), io.BytesIO()
+    exif[0x0112] = 6  # as a phone held upright: stored turned by 90 degrees
+    IMAGE.transpose(Image.Transpose.ROTATE_90).save(file, "PNG", exif=exif)
+    assert_near(pretrained.encode_image(Image.open(file)), image_feat)
     for mode in ("L", "RGBA", "P", "CMYK"):
         assert pretrained.encode_image(IMAGE.convert(mode)).isfinite().all()
 

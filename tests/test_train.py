@@ -17,6 +17,7 @@ from PIL import Image
 
 import commands
 import data
+import eval as evaluation
 import paper
 import softmask
 import train
@@ -26,6 +27,7 @@ from commands import (
 )  # fmt: skip
 
 PAIR = ["pretrain.batch_size=4", "model.dropout=0.0", NO_EVALUATION]  # 12 steps of two processes with 4 pairs
+WATCHED = ("txt_r1", "img_r1")  # fields of the log that eval_every_steps adds
 
 
 # Schedule and parameter groups
@@ -65,10 +67,10 @@ def test_loss_falls_and_files_are_whole(trained):
     assert [line["step"] for line in log] == [20, 40, 60, 80, 100, 120]
     assert log[-1]["loss_mlm"] < 0.75 * log[0]["loss_mlm"] and log[-1]["loss"] < log[0]["loss"]
     assert log[-1]["epoch"] == 10 and log[-1]["bad_images"] == 0 and 0 < log[-1]["mask_mean"] < 1
-    for name in log[0]:
+    for name in log[-1]:
         assert re.search(rf"\b{name}\b", train.__doc__), f"{name} of log.jsonl is not defined"
     metrics = json.loads(pathlib.Path(trained.out, "metrics.json").read_text())
-    assert metrics.keys() == {"task", "scale", "seed", "step", "settings", "metrics"}
+    assert metrics.keys() == {"task", "scale", "seed", "step", "settings", "platform", "metrics"}
     assert (metrics["task"], metrics["scale"], metrics["seed"], metrics["step"]) == ("pretrain", "scenes", 42, 120)
     assert metrics["metrics"].keys() == {"zero_shot", "reranked", "pointing", "foils"}
     assert metrics["metrics"]["zero_shot"].keys() >= {"txt_r1", "txt_r5", "txt_r10", "img_r1", "img_r5", "img_r10"}
@@ -236,9 +238,33 @@ def test_two_processes_killed(tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     killed.mkdir()
     assert run(tmp_path, "train.py", "--out", whole, *arguments, processes=2).status == [0, 0]
-    result = kill_at_lines(killed, arguments, [2, 8], processes=2)
+    result = kill_at_lines(killed, [*arguments, "eval_every_steps=4"], [2, 8], processes=2)
     assert result.status == [0, 0], result.err
+    assert_same_run(killed, whole, WATCHED)
+
+
+def test_evaluation_while_training_changes_no_bit(uninterrupted, tmp_path):
+    arguments = [*TINY, NO_EVALUATION, "model.dropout=0.1", "eval_every_steps=5"]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    killed.mkdir()
+    assert run(tmp_path, "train.py", "--out", whole, *arguments).status == 0
+    assert kill_at_lines(killed, [*arguments, "num_workers=2"], [8]).status == 0
     assert_same_run(killed, whole)
+    assert_same_run(killed, uninterrupted, WATCHED)
+    assert [line["step"] for line in read_log(killed) if line.keys() >= set(WATCHED)] == [5, 10, 12]
+    assert sorted(path.name for path in killed.glob("masks_*")) == ["masks_10.png", "masks_12.png", "masks_5.png"]
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_the_same_command_twice_gives_the_same_bits_and_figures(processes, tmp_path, capsys):
+    outs = tmp_path / "first", tmp_path / "second"
+    for out, workers in zip(outs, (0, 4)):
+        arguments = ["--out", out, *TINY, "model.dropout=0.1", f"num_workers={workers}"]
+        assert run(tmp_path, "train.py", *arguments, processes=processes).status in (0, [0, 0])
+    assert_same_run(*outs)
+    evaluation.record([outs[0]], tmp_path / "record.json")
+    assert evaluation.check(outs[1], tmp_path / "record.json") == 0
+    assert capsys.readouterr().out.startswith("exact: ")
 
 
 @pytest.mark.parametrize("moment", ["fsync", "replace"])
@@ -362,6 +388,8 @@ def test_second_run_in_a_folder_is_refused(tmp_path):
     (["model.widht=3"], "model.widht is no setting"),
     (["pretrain.batch_size=many"], "pretrain.batch_size: wanted int, got 'many'"),
     (["log_every_steps=2"], "checkpoint_every_steps (3) must be a multiple of log_every_steps (2)"),
+    (["log_every_steps=3", "eval_every_steps=4"], "eval_every_steps (4) must be a multiple of log_every_steps (3)"),
+    (["eval_every_steps=1", "data.retrieval_sets.scenes.val=none.json"], "none.json: cannot be read"),
     (["pretrain.batch_size=500"], "96 records are fewer than the 500 of one step"),
     (["pretrain", "retrieve"], "task 'pretrain retrieve' is none of pretrain"),
     (["dream"], "task 'dream' is none of pretrain"),

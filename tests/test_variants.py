@@ -1,0 +1,71 @@
+"""The variants of the method that tests/variants.py measures replace what they say, and nothing else."""
+
+import pytest
+import torch
+
+import softmask
+import variants
+from test_softmask import make_batch, make_model, randn, seeded
+
+
+@pytest.fixture
+def restored(monkeypatch):
+    """softmask.py as it was, once the test is over."""
+    for name in ("soft_mask", "word_attention", "pick_word", "focal_itc_loss", "distort_images"):
+        monkeypatch.setattr(softmask, name, getattr(softmask, name))
+    monkeypatch.setattr(softmask.PretrainModel, "forward", softmask.PretrainModel.forward)
+
+
+def losses_of(**changes):
+    losses, stats, _ = make_model(**changes)(**make_batch(), generator=seeded())
+    return {name: value.item() for name, value in (losses | stats).items()}
+
+
+def test_hard_mask_removes_whole_patches(restored):
+    cam, picked = randn(2, 3, 4).abs(), torch.tensor([[False, True, False], [False, False, False]])
+    plain = softmask.soft_mask(cam, picked)
+    variants.hard_mask()
+    assert softmask.soft_mask(cam, picked).tolist() == [[float(m > 0.5) for m in row] for row in plain.tolist()]
+
+
+def test_top_word_takes_the_largest_sum_among_words_that_are_free(restored):
+    cam = torch.tensor([[0.0, 3.0, 5.0, 1.0, 9.0]]).expand(2, -1)[..., None]  # (B, L, N): one patch
+    softmask.word_attention = lambda attention, match_logit: cam
+    variants.top_word()
+    softmask.word_attention(None, None)
+    word_ids = torch.tensor([[-1, 0, 0, 1, 2], [-1, 0, 1, 1, 2]])  # means of words: 4, 1, 9 and 3, 3, 9
+    excluded = torch.tensor([[False, False, False, False, True], [False, True, False, False, True]])
+    picked = softmask.pick_word(word_ids, excluded)
+    assert picked.tolist() == [[False, True, True, False, False], [False, False, True, True, False]]
+    assert not softmask.pick_word(word_ids, torch.ones_like(excluded)).any()
+
+
+def test_focal_one_hot_leaves_the_soft_part_as_it_is(restored):
+    plain, focal = losses_of(focal_gamma=0.0), losses_of()
+    batch = make_batch() | {"alpha": 0.0}
+    with_no_soft_part = make_model()(**batch, generator=seeded())[0]["itc"].item()
+    without_either = make_model(focal_gamma=0.0)(**batch, generator=seeded())[0]["itc"].item()
+    variants.focal_one_hot()
+    hard = losses_of()
+    # L(alpha, gamma) = (1 - alpha) L(0, gamma) + alpha L(1, gamma), of which the second part now has gamma 0
+    assert hard["itc"] == pytest.approx(plain["itc"] - 0.6 * (without_either - with_no_soft_part), rel=1e-5)
+    assert hard["itc"] != pytest.approx(focal["itc"], rel=1e-3)
+    assert {k: v for k, v in hard.items() if k != "itc"} == {k: v for k, v in focal.items() if k != "itc"}
+
+
+def test_clean_teacher_changes_the_targets_of_the_contrastive_loss_alone(restored):
+    plain = losses_of()
+    variants.clean_teacher()
+    std, mean = (torch.tensor(values)[:, None, None] for values in (softmask.IMAGE_STD, softmask.IMAGE_MEAN))
+    raw = make_batch()["image"] * std + mean  # what comes out of normalize as the batch's image
+    softmask.distort_images(raw, 0.0, 0.0, 0.0, 0.0, 0.0, seeded())
+    model, batch = make_model(), make_batch()
+    losses, _, (image_feat_m, text_feat_m, _) = model(**batch, generator=seeded())
+    twin = model.encoders_m
+    with torch.no_grad():
+        clean = twin.text_feat(twin.encode_text(batch["input_ids"], batch["attention_mask"]))
+        image = twin.image_feat(twin.encode_image(batch["image"]))
+    torch.testing.assert_close(text_feat_m, clean)
+    torch.testing.assert_close(image_feat_m, image)
+    assert losses["itc"].item() != pytest.approx(plain["itc"], rel=1e-6)
+    assert losses["mlm"].item() == pytest.approx(plain["mlm"], rel=1e-6)

@@ -1,0 +1,96 @@
+"""Pre-training with one part of the method replaced: the choices marked [ours] that have no setting of their own.
+
+    python tests/variants.py hard_mask pretrain --out out/hard_mask pretrain.epochs=1
+
+The first word names the variant, all others are train.py's; metrics.json has it as the setting `variant`, so that
+`python eval.py table` tells the runs apart. Each variant is a few lines on top of softmask.py, which has none of them:
+  hard_mask      patches with m above 0.5 are removed, all others kept whole; softmask.py: scaled by 1 - m
+  top_word       the word whose attention has the largest sum over the image; softmask.py: one drawn at random
+  focal_one_hot  the focal factor on the one-hot part of the target alone; softmask.py: on every term
+  clean_teacher  the twin's contrastive features, in loss and queues, are of clean text and undistorted images (its MLM
+                 targets are not: it would read the answers there); softmask.py: of what the student reads
+"""
+
+import json
+import os
+import sys
+
+import torch
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+import data
+import softmask
+import train
+
+
+def hard_mask():
+    soft_mask = softmask.soft_mask
+    softmask.soft_mask = lambda cam, picked: (soft_mask(cam, picked) > 0.5).float()
+
+
+def top_word():
+    word_attention, seen = softmask.word_attention, {}
+
+    def remember(attention, match_logit):
+        seen["cam"] = word_attention(attention, match_logit)
+        return seen["cam"]
+
+    def pick_word(word_ids, excluded, generator=None):
+        same_word = (word_ids[:, :, None] == word_ids[:, None, :]) & (word_ids >= 0)[:, :, None]  # (B, L, L)
+        free = (word_ids >= 0) & ~(same_word & excluded[:, None, :]).any(2)
+        mass = (same_word * seen["cam"].sum(2)[:, None, :]).sum(2) / same_word.sum(2).clamp_min(1)  # pieces averaged
+        picked = torch.where(free, mass, -1.0).argmax(1, keepdim=True)
+        return (word_ids == word_ids.gather(1, picked)) & free.any(1, keepdim=True)
+
+    softmask.word_attention, softmask.pick_word = remember, pick_word
+
+
+def focal_one_hot():
+    focal_itc_loss = softmask.focal_itc_loss
+
+    def split(*features_and_temp, alpha, gamma, positives=None):  # the loss is linear in the target
+        soft, *_ = focal_itc_loss(*features_and_temp, 1.0, 0.0, positives)
+        one_hot, *sims = focal_itc_loss(*features_and_temp, 0.0, gamma, positives)
+        return alpha * soft + (1 - alpha) * one_hot, *sims
+
+    softmask.focal_itc_loss = lambda *arguments: split(
+        *arguments[:7], alpha=arguments[7], gamma=arguments[8], positives=arguments[9]
+    )
+
+
+def clean_teacher():
+    distort_images, forward, clean = softmask.distort_images, softmask.PretrainModel.forward, {}
+
+    def remember(images, *arguments):
+        clean["image"] = softmask.normalize(images.clone())
+        return distort_images(images, *arguments)
+
+    def with_clean_teacher(
+        self, image, input_ids, attention_mask, masked_ids, mlm_labels, word_ids, image_ids, alpha, generator=None
+    ):
+        masking = masked_ids, mlm_labels, word_ids
+        twin = self.encoders_m
+        image_feat, text_feat = type(twin).image_feat, type(twin).text_feat
+        twin.image_feat = lambda embeds: image_feat(twin, twin.encode_image(clean["image"]))
+        twin.text_feat = lambda embeds: text_feat(twin, twin.encode_text(input_ids, attention_mask))
+        try:
+            return forward(self, image, input_ids, attention_mask, *masking, image_ids, alpha, generator)
+        finally:
+            del twin.image_feat, twin.text_feat
+
+    softmask.distort_images, softmask.PretrainModel.forward = remember, with_clean_teacher
+
+
+def main(variant, *arguments):
+    {f.__name__: f for f in (hard_mask, top_word, focal_one_hot, clean_teacher)}[variant]()
+    status = train.main(list(arguments))
+    path = os.path.join(train.parse(arguments).out, "metrics.json")
+    with open(path, encoding="utf-8") as file:
+        result = json.load(file)
+    result["settings"]["variant"] = variant
+    data.write_atomically(path, json.dumps(result, indent=1).encode())
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
