@@ -226,6 +226,9 @@ class Signals:
         """From here on a signal ends the process at once, or else waits for agree; one that waited ends it here."""
         self.at_once = at_once
         if at_once and self.caught:
+            # where the exception is lost, in a destructor, or the end hangs
+            signal.signal(signal.SIGALRM, lambda *_: os._exit(128 + self.caught))
+            signal.alarm(10)
             sys.exit(128 + self.caught)
 
     def agree(self, device):
