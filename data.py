@@ -38,6 +38,7 @@ import random
 import re
 import reprlib
 import shutil
+import signal
 import sys
 import tarfile
 import tempfile
@@ -416,9 +417,6 @@ def _check_values(config):
     layer = (model.fusion_layers - 1) // 2 if method.attention_layer is None else method.attention_layer
     uses_attention = method.soft_mask or method.attention_layer is not None
     for good, message in [
-        (config.checkpoint_every_steps % config.log_every_steps == 0,
-         f"checkpoint_every_steps ({config.checkpoint_every_steps}) must be a multiple of log_every_steps "
-         f"({config.log_every_steps}): a checkpoint holds no running means of the log"),
         (config.eval_every_steps % config.log_every_steps == 0,
          f"eval_every_steps ({config.eval_every_steps}) must be a multiple of log_every_steps "
          f"({config.log_every_steps}): its figures stand in a line of the log"),
@@ -1144,7 +1142,14 @@ def make_loader(dataset, batch_sampler, tokenizer, max_tokens, num_workers):
     place of an answer's question in the batch, answer_weights (A,) float32."""
     return DataLoader(dataset, batch_sampler=batch_sampler, num_workers=num_workers, persistent_workers=num_workers > 0,
                       collate_fn=functools.partial(_collate, tokenizer=tokenizer, max_tokens=max_tokens),
-                      pin_memory=torch.cuda.is_available())
+                      worker_init_fn=outlive_signals, pin_memory=torch.cuda.is_available())
+
+
+def outlive_signals(worker):
+    """In a loader worker: ignore ctrl-C, and SIGTERM for 20 s, in which the main process, whose group often gets them
+    too, ends its step. [ours]"""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(20))
 
 
 def _collate(samples, tokenizer, max_tokens):

@@ -12,6 +12,7 @@ fine-tuning is evaluated on val after each epoch, the best epoch is kept as best
 Out (out/SCALE/TASK unless --out says otherwise): checkpoint.pt, best.pt, log.jsonl, metrics.json, and masks.png,
 masks_STEP.png of pre-training, answers_test.json of VQA. The same command in the same folder goes on where it stopped;
 --fresh starts over.
+SIGTERM and ctrl-C: a step under way is finished and a checkpoint written, else the run ends at once.
 
 A line of log.jsonl, means over the steps since the line before and over all processes:
   step               optimizer steps done                    epoch             passes over the data, a fraction
@@ -36,13 +37,18 @@ import argparse
 import contextlib
 import dataclasses
 import functools
+import itertools
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 import time
 import warnings
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # ctrl-C in the seconds of imports: no traceback
 
 import torch
 import torch.distributed as dist
@@ -201,6 +207,55 @@ def train(model, optimizer, loader, config, task, run):
         run.step_done({"alpha": alpha, "lr": lr}, model, optimizer)
 
 
+class Signals:
+    """SIGTERM and SIGINT end the process, as a context around all of it: during training after the step under way, with a
+    checkpoint, else at once. [ours]
+
+    A second one ends it whatever it does, unless it comes within a second: timeout(1) sends every signal twice.
+    """
+
+    def __init__(self):
+        self.caught, self.caught_at = 0, 0.0  # the first one's number and time
+        self.at_once, self.place = True, ""
+
+    def __enter__(self):
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.handle)
+
+    def handle(self, number, frame):
+        if not self.caught:
+            self.caught, self.caught_at = number, time.monotonic()
+            self.end_at_once(self.at_once)
+        elif time.monotonic() > self.caught_at + 1:
+            os._exit(128 + number)
+
+    def end_at_once(self, at_once):
+        """From here on a signal ends the process at once, or else waits for agree; one that waited ends it here."""
+        self.at_once = at_once
+        if at_once and self.caught:
+            # where the exception is lost, in a destructor, or the end hangs
+            signal.signal(signal.SIGALRM, lambda *_: os._exit(128 + self.caught))
+            signal.alarm(10)
+            sys.exit(128 + self.caught)
+
+    def agree(self, device):
+        """Whether any process caught one by now, after this step: the same answer in all of them."""
+        self.caught = self.caught or int(softmask.gather(torch.tensor([self.caught], device=device)).max())
+        return self.caught
+
+    def __exit__(self, kind, error, trace):
+        """Say that a signal ended it: also where a lost loader worker or process, which got one too, was noticed first."""
+        if self.caught and isinstance(error, (SystemExit, RuntimeError)):
+            if evaluation.rank() == 0:
+                name = signal.Signals(self.caught).name
+                there = " from there" if self.place else ""
+                print(f"stopped by {name}{self.place}; the same command goes on{there}", file=sys.stderr)
+            sys.exit(128 + self.caught)
+
+
+signals = Signals()  # of this process
+
+
 class Run:
     """The output folder of a run: its log, its checkpoint, its counters. Process 0 alone writes."""
 
@@ -213,7 +268,7 @@ class Run:
         """
         self.out, self.config, self.settings, self.task_name = out, config, settings, task_name
         self.validate, self.watch, self.digest = validate, watch, digest
-        self.best = None  # {epoch, score, metrics} of the best epoch on val
+        self.best, self.validated = None, 0  # {epoch, score, metrics} of the best epoch on val; epochs evaluated on it
         self.steps_per_epoch = steps_per_epoch
         self.total_steps = task.epochs * steps_per_epoch
         self.step = 0
@@ -224,9 +279,11 @@ class Run:
         self.special = tokenizer.mask_token_id, torch.tensor(ordinary, device=device)
         self.saved = None  # step of the last checkpoint
         self.skipped_steps = 0
-        self.bad_images, self.seen = 0, 0  # over all processes, up to the last line of the log
-        self.sums, self.counts = {}, torch.zeros(3, dtype=torch.float64)  # of this process, since that line
-        self.started = self.interval_started = time.perf_counter()
+        self.bad_images, self.seen = 0, 0  # over all processes, up to the last call of collect
+        self.counts = torch.zeros(2, dtype=torch.float64)  # the same of this process, since then
+        self.sums = {}  # name: (sum, how many), since the last line of the log
+        self.started = time.perf_counter()
+        self.interval = self.started, 0  # when it began, and what was seen until then
         self.bar = None
 
     @property
@@ -294,7 +351,9 @@ class Run:
         softmask.load_weights(model, checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         self.step, self.bad_images, self.seen = checkpoint["step"], checkpoint["bad_images"], checkpoint["seen"]
-        self.best = checkpoint["best"]
+        self.interval = self.started, self.seen
+        self.best, self.validated = checkpoint["best"], checkpoint["validated"]
+        self.sums = checkpoint["sums"] if evaluation.rank() == 0 else dict.fromkeys(checkpoint["sums"], (0.0, 0))
         self.saved, self.skipped_steps = self.step, checkpoint["skipped_steps"]
 
     def start_over(self):
@@ -310,7 +369,8 @@ class Run:
         """Count the records of a batch and those of them that were replaced; too many of these stop the run."""
         for path, reason in batch["replaced"]:
             tqdm.write(f"bad record, replaced by another: {path}: {reason}", file=sys.stderr)
-        self.counts += torch.tensor([len(batch["replaced"]), len(batch["image"]), batch["truncated"]])
+        self.counts += torch.tensor([len(batch["replaced"]), len(batch["image"])])
+        self.add({"truncated": batch["truncated"] / len(batch["image"])})
         bad = self.bad_images + int(self.counts[0])
         seen = self.seen + int(self.counts[1]) * evaluation.world_size()
         share = self.config.max_bad_image_share
@@ -324,7 +384,7 @@ class Run:
         """Add one micro-batch's values to the running means."""
         for name, value in values.items():
             total, count = self.sums.get(name, (0.0, 0))
-            self.sums[name] = (total + torch.as_tensor(value).detach(), count + 1)
+            self.sums[name] = (total + torch.as_tensor(value).detach().double(), count + 1)
 
     def skip(self, values):
         """Count a step whose gradient is not finite, named after those of the values, of each micro-batch and process,
@@ -348,60 +408,79 @@ class Run:
         return "there is no checkpoint yet" if self.saved is None else found
 
     def step_done(self, values, model, optimizer):
-        """After an optimizer step: log every log_every_steps, save every checkpoint_every_steps and at the end."""
+        """After an optimizer step: log every log_every_steps, save every checkpoint_every_steps, after each epoch, which is
+        then evaluated, and where a signal asks the run to stop."""
         self.step += 1
         self.add(values)
-        last = self.step == self.total_steps
         if self.bar is None and evaluation.rank() == 0:
             self.bar = tqdm(total=self.total_steps, initial=self.step - 1, unit="step", smoothing=0.1, mininterval=1.0)
         if self.bar is not None:
             self.bar.update()
+        last = self.step == self.total_steps
         if self.step % self.config.log_every_steps == 0 or last:
             self.log(model, last)
+        stop = signals.agree(evaluation.resolve_device(self.config))
         epoch_ends = self.step % self.steps_per_epoch == 0
-        if epoch_ends:
-            self.keep_best(model)
-        if self.step % self.config.checkpoint_every_steps == 0 or last:
+        if stop or epoch_ends or self.step % self.config.checkpoint_every_steps == 0:
             self.save(model, optimizer)
+        if stop:
+            if evaluation.world_size() > 1:
+                dist.barrier()  # none ends before process 0 has saved: torchrun would end that, too
+            signals.place = f" at step {self.step} of {self.total_steps}"
+            signals.end_at_once(True)
+        if epoch_ends:
+            self.keep_best(model, optimizer)
 
-    def keep_best(self, model):
-        """Evaluate on val; keep the model as best.pt if no epoch before was as good."""
+    def keep_best(self, model, optimizer):
+        """At the end of an epoch not evaluated yet: evaluate on val; keep the model as best.pt if none was as good."""
+        epoch = self.step // self.steps_per_epoch
+        if epoch == self.validated:
+            return
+        signals.end_at_once(True)
         metrics = self.validate(model)
+        signals.end_at_once(False)
         model.train()
+        self.validated = epoch
         if metrics:
             score = evaluation.score(self.task_name, metrics)
-            say(f"epoch {self.step // self.steps_per_epoch}: val {score:.2f}")
+            say(f"epoch {epoch}: val {score:.2f}")
             if self.best is None or score > self.best["score"]:
-                self.best = {"epoch": self.step // self.steps_per_epoch, "score": score, "metrics": metrics}
+                self.best = {"epoch": epoch, "score": score, "metrics": metrics}
                 self.save(model, None)
+            self.save(model, optimizer)
 
     def close(self):
         """End the line of the progress bar."""
         if self.bar is not None:
             self.bar.close()
 
+    def collect(self):
+        """Add up counts and sums over all processes, the sums in process 0 alone: so a checkpoint can hold them."""
+        values = [float(part) for pair in self.sums.values() for part in pair]
+        values = torch.tensor(values + self.counts.tolist(), dtype=torch.float64)
+        if evaluation.world_size() > 1:
+            values = values.to(evaluation.resolve_device(self.config))
+            dist.all_reduce(values)
+        *values, bad, seen = values.tolist()
+        self.bad_images, self.seen = self.bad_images + int(bad), self.seen + int(seen)
+        self.counts.zero_()
+        pairs = zip(values[::2], values[1::2]) if evaluation.rank() == 0 else itertools.repeat((0.0, 0))
+        self.sums = dict(zip(self.sums, pairs))
+
     def log(self, model, last):
         """Write a line of log.jsonl, with the figures of watch where they are due."""
-        means = torch.stack([total.double().cpu() / count for total, count in self.sums.values()])
-        counts = self.counts
-        if evaluation.world_size() > 1:
-            device = evaluation.resolve_device(self.config)
-            both = torch.cat([means / evaluation.world_size(), counts]).to(device)
-            dist.all_reduce(both)
-            means, counts = both[:-3].cpu(), both[-3:].cpu()
-        bad, pairs, truncated = counts.tolist()
-        self.bad_images, self.seen = self.bad_images + int(bad), self.seen + int(pairs)
+        self.collect()
+        now, (started, seen) = time.perf_counter(), self.interval
         line = {"step": self.step, "epoch": self.step / self.steps_per_epoch}
-        line |= {name: float(f"{mean:.6g}") for name, mean in zip(self.sums, means.tolist())}
-        now = time.perf_counter()
-        line |= {"bad_images": self.bad_images, "skipped_steps": self.skipped_steps, "truncated": truncated / pairs}
-        line |= {"pairs": self.seen}
-        line |= {"pairs_per_second": round(pairs / (now - self.interval_started), 1)}
+        if evaluation.rank() == 0:
+            line |= {name: float(f"{total / number:.6g}") for name, (total, number) in self.sums.items()}
+        line |= {"bad_images": self.bad_images, "skipped_steps": self.skipped_steps, "pairs": self.seen}
+        line |= {"pairs_per_second": round((self.seen - seen) / (now - started), 1)}
         line |= {"seconds": round(now - self.started, 1)}
         if self.watch and (last or self.step % self.config.eval_every_steps == 0):
             line |= self.watch(model, self.step)
             model.train()
-        self.sums, self.counts, self.interval_started = {}, torch.zeros_like(self.counts), time.perf_counter()
+        self.sums, self.interval = {}, (time.perf_counter(), self.seen)
         if evaluation.rank() == 0:
             path = os.path.join(self.out, "log.jsonl")
             with data.writing(path), open(path, "a", encoding="utf-8") as file:
@@ -419,11 +498,15 @@ class Run:
         if broken:
             what = f"step {self.step}: {len(broken)} weights or queues not finite, the first {broken[0]}"
             raise data.InputError(f"{what}; {self.last_good()}")
+        if optimizer:
+            self.collect()
         if evaluation.rank() == 0:
             checkpoint = {
                 "model": state,
                 "optimizer": optimizer and optimizer.state_dict(),
                 "best": self.best,
+                "validated": self.validated,
+                "sums": self.sums,
                 "step": self.step,
                 "total_steps": self.total_steps,
                 "epoch": self.step / self.steps_per_epoch,
@@ -568,14 +651,18 @@ def run_task(task_name, config, settings, out, fresh):
     if fresh:
         run.start_over()
     prepare(model, config)
+    if run.step and run.step % run.steps_per_epoch == 0:
+        run.keep_best(model, optimizer)  # where it ended before that
     if run.step < run.total_steps:
         count = sum(p.numel() for p in model.parameters() if p.requires_grad)
         say(f"{task_name}: {count / 1e6:.1f}M parameters, {len(dataset)} records, {run.total_steps} steps of "
             f"{run.global_batch} pairs, {world} process{'es' * (world > 1)} on {device}, {config.precision}")  # fmt: skip
         sampler = data.ShuffledBatches(len(dataset), *blocks, run.step)
         loader = data.make_loader(dataset, sampler, tokenizer, task.max_tokens, config.num_workers)
+        signals.end_at_once(False)
         with contextlib.closing(run):
             train(model, optimizer, loader, config, task, run)
+        signals.end_at_once(True)
         del loader
     elif run.total_steps == 0:  # epochs=0: the start as it is, evaluated and in our format
         run.save(model, optimizer)
@@ -655,5 +742,5 @@ def main(arguments):
 
 
 if __name__ == "__main__":
-    with evaluation.one_line_errors():
+    with evaluation.one_line_errors(), signals:
         sys.exit(main(sys.argv[1:]))

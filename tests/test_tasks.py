@@ -192,7 +192,7 @@ def test_missing_start_is_one_line(task, start, tmp_path):
 
 
 def test_killed_between_best_and_checkpoint(runs, tmp_path):
-    """At the end of each of two epochs: best.pt is written, the checkpoint beside it is still the one before."""
+    """At the end of each of two epochs: best.pt is written, the checkpoint beside it does not know of it yet."""
     out, program = tmp_path / "out", tmp_path / "program.py"
     program.write_text(
         "import os, signal, sys, train\n"
@@ -207,12 +207,12 @@ def test_killed_between_best_and_checkpoint(runs, tmp_path):
         "train.main(arguments)\n"
     )
     arguments = ["vqa", "--out", out, *runs.arguments]
-    assert run(tmp_path, program, 2, *arguments, cwd=runs.folder).status == -signal.SIGKILL
-    assert load(out)["step"] == 3 and load(out)["best"] is None and load(out, "best.pt")["step"] == 6
-    assert run(tmp_path, program, 3, *arguments, cwd=runs.folder).status == -signal.SIGKILL
-    assert load(out)["step"] == 9 and load(out)["best"]["epoch"] == 1 and len(read_log(out)) == 12
+    assert run(tmp_path, program, 3, *arguments, cwd=runs.folder).status == -signal.SIGKILL  # of steps 3, 6, 6 again
+    assert load(out)["step"] == 6 and load(out)["best"] is None and load(out, "best.pt")["step"] == 6
+    assert run(tmp_path, program, 4, *arguments, cwd=runs.folder).status == -signal.SIGKILL  # of 6, 9, 12, 12 again
+    assert load(out)["step"] == 12 and load(out)["best"]["epoch"] == 1 and len(read_log(out)) == 12
     result = run(tmp_path, "train.py", *arguments, cwd=runs.folder)
-    assert result.status == 0 and "goes on from step 9 of 12" in result.out, result.err
+    assert result.status == 0 and "epoch 2: val" in result.out and "epoch 1" not in result.out, result.err
     assert_same_run(out, runs.out / "vqa")
     assert_same(*(json.loads((folder / "metrics.json").read_text()) for folder in (out, runs.out / "vqa")))
 

@@ -387,7 +387,6 @@ def test_second_run_in_a_folder_is_refused(tmp_path):
 @pytest.mark.parametrize("arguments, message", [
     (["model.widht=3"], "model.widht is no setting"),
     (["pretrain.batch_size=many"], "pretrain.batch_size: wanted int, got 'many'"),
-    (["log_every_steps=2"], "checkpoint_every_steps (3) must be a multiple of log_every_steps (2)"),
     (["log_every_steps=3", "eval_every_steps=4"], "eval_every_steps (4) must be a multiple of log_every_steps (3)"),
     (["eval_every_steps=1", "data.retrieval_sets.scenes.val=none.json"], "none.json: cannot be read"),
     (["pretrain.batch_size=500"], "96 records are fewer than the 500 of one step"),
