@@ -856,7 +856,7 @@ def tabulate(runs) -> str:
 
 # Settings that change no figure of a run, and the seed, which is compared apart.
 CHANGES_NO_FIGURE = {"seed", "device", "num_workers", "log_every_steps", "checkpoint_every_steps", "eval_every_steps",
-                     "max_bad_image_share", "eval.pictures"}
+                     "max_bad_image_share", "max_skipped_steps", "eval.pictures"}
 # How many standard deviations three mean for a normal law that is known from so many runs: Student's t at 99.73 %.
 STUDENT = {3: 19.21, 4: 9.219, 5: 6.620, 6: 5.507, 7: 4.904, 8: 4.530, 9: 4.277, 10: 4.094}
 
