@@ -24,7 +24,8 @@ from commands import (
 
 FINE_TUNED = [task for task in data.TASKS if task != "pretrain"]
 EVALUATED = [task for task in FINE_TUNED if task != "nlvr2_pretrain"]
-EVERY_LINE = {"step", "epoch", "loss", "alpha", "lr", "grad_norm", "bad_images", "skipped_steps", "truncated", *TIMES}
+EVERY_LINE = {"step", "epoch", "loss", "alpha", "lr", "grad_norm", "bad_images", "skipped_steps", "truncated", "pairs",
+              *TIMES}
 CONTRASTIVE = {"loss_itc", "loss_itm", "itm_accuracy", "temp"}
 LOGGED = {
     "retrieval": CONTRASTIVE, "grounding": CONTRASTIVE, "vqa": {"loss_vqa"}, "nlvr2_pretrain": {"loss_ta", "accuracy"},
