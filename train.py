@@ -40,6 +40,7 @@ import functools
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -225,31 +226,47 @@ class Signals:
     def handle(self, number, frame):
         if not self.caught:
             self.caught, self.caught_at = number, time.monotonic()
-            self.end_at_once(self.at_once)
+            self.end(number, frame)
         elif time.monotonic() > self.caught_at + 1:
             os._exit(128 + number)
+
+    def end(self, number, frame):
+        """End by an exception where that may be now; in a destructor, which would swallow it, a moment later."""
+        while frame and frame.f_code.co_name != "__del__":
+            frame = frame.f_back
+        if self.at_once and frame:
+            signal.signal(signal.SIGALRM, self.end)
+            signal.setitimer(signal.ITIMER_REAL, 0.05)
+        elif self.at_once:
+            signal.signal(signal.SIGALRM, lambda *_: os._exit(128 + self.caught))
+            signal.alarm(10)  # where the end hangs
+            sys.exit(128 + self.caught)
 
     def end_at_once(self, at_once):
         """From here on a signal ends the process at once, or else waits for agree; one that waited ends it here."""
         self.at_once = at_once
-        if at_once and self.caught:
-            # where the exception is lost, in a destructor, or the end hangs
-            signal.signal(signal.SIGALRM, lambda *_: os._exit(128 + self.caught))
-            signal.alarm(10)
-            sys.exit(128 + self.caught)
+        if self.caught:
+            self.end(self.caught, None)
 
     def agree(self, device):
-        """Whether any process caught one by now, after this step: the same answer in all of them."""
-        self.caught = self.caught or int(softmask.gather(torch.tensor([self.caught], device=device)).max())
-        return self.caught
+        """Whether any process had caught one after this step: the same answer in all of them."""
+        agreed = int(softmask.gather(torch.tensor([self.caught], device=device)).max())
+        self.caught = self.caught or agreed
+        return agreed
 
     def __exit__(self, kind, error, trace):
         """Say that a signal ended it: also where a lost loader worker or process, which got one too, was noticed first."""
+        if isinstance(error, RuntimeError) and evaluation.world_size() > 1:
+            self.at_once = False
+            time.sleep(1)  # in which the signal that ended another process comes here, too
         if self.caught and isinstance(error, (SystemExit, RuntimeError)):
             if evaluation.rank() == 0:
                 name = signal.Signals(self.caught).name
                 there = " from there" if self.place else ""
                 print(f"stopped by {name}{self.place}; the same command goes on{there}", file=sys.stderr)
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's raises an error for each loader worker that ends
+            for worker in multiprocessing.active_children():
+                worker.kill()  # they hold the connections of this process, whose end the others have to see
             sys.exit(128 + self.caught)
 
 
@@ -429,16 +446,16 @@ class Run:
             signals.place = f" at step {self.step} of {self.total_steps}"
             signals.end_at_once(True)
         if epoch_ends:
+            signals.end_at_once(True)
             self.keep_best(model, optimizer)
+            signals.end_at_once(False)
 
     def keep_best(self, model, optimizer):
         """At the end of an epoch not evaluated yet: evaluate on val; keep the model as best.pt if none was as good."""
         epoch = self.step // self.steps_per_epoch
         if epoch == self.validated:
             return
-        signals.end_at_once(True)
         metrics = self.validate(model)
-        signals.end_at_once(False)
         model.train()
         self.validated = epoch
         if metrics:

@@ -15,6 +15,7 @@ import argparse
 import collections
 import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import pathlib
@@ -59,7 +60,7 @@ class Process:
 
     def __post_init__(self):
         command = [sys.executable, *self.arguments, "--out", str(self.out)]
-        self.err = self.out.with_suffix(".err")
+        self.err = self.out.with_suffix(f".{time.monotonic_ns()}.err")
         with open(self.err, "w") as err:
             self.process = subprocess.Popen(
                 command, cwd=self.code, env=os.environ | ENVIRONMENT, stdout=err, stderr=err, start_new_session=True,
@@ -244,17 +245,16 @@ def differences(out, reference):
 
 
 def plan(kills, names, rng):
-    """(run, signal, phase) of each kill: runs, signals and phases take turns, in an order that is drawn."""
-    found = []
-    for number in range(kills):
-        name = names[number % len(names)]
-        turn = number // len(names)
-        phase, kind = PHASES[(turn * 5 + number) % len(PHASES)], SIGNALS[turn % len(SIGNALS)]
-        if name == "rank":  # steps are where the others wait for it
-            phase, kind = ("steps", "checkpoint", "evaluation")[turn % 3], signal.SIGKILL
-        found.append((name, kind, phase))
-    rng.shuffle(found)
-    return found
+    """(run, signal, phase) of each kill: of every run all phases and signals before one comes again, in drawn order."""
+
+    def drawn(values):
+        while True:
+            yield from rng.sample(values, len(values))
+
+    phases = {name: drawn(PHASES[3:] if name == "rank" else PHASES) for name in names}  # imports and so on wait for nobody
+    kinds = {name: drawn(SIGNALS[:1] if name == "rank" else SIGNALS) for name in names}
+    turns = itertools.islice(itertools.cycle(names), kills)
+    return [(name, next(kinds[name]), next(phases[name])) for name in turns]
 
 
 def main():
@@ -286,7 +286,8 @@ def main():
             wrong = result.pop("wrong") + unequal
             print(json.dumps({"kill": number} | result | {"equal": not unequal} | ({"wrong": wrong} if wrong else {})), flush=True)
             failed += bool(wrong)
-            slowest[kind.name] = max(slowest.get(kind.name, 0), result["seconds"])
+            key = f"{kind.name} of one rank" if name == "rank" else kind.name
+            slowest[key] = max(slowest.get(key, 0), result["seconds"])
             shutil.rmtree(out)
     print(json.dumps({"kills": len(kills), "wrong": failed, "slowest_end_seconds": slowest}))
     return 1 if failed else 0

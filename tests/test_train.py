@@ -289,6 +289,115 @@ def test_killed_while_a_checkpoint_is_written(moment, uninterrupted, tmp_path):
     assert_same_run(tmp_path, uninterrupted)
 
 
+# Stopped by a signal
+
+LONG = [*TINY, NO_EVALUATION, "model.dropout=0.1", "pretrain.epochs=2", "log_every_steps=5", "checkpoint_every_steps=9"]
+STOPPABLE = "with train.evaluation.one_line_errors(), train.signals:\n    sys.exit(train.main(sys.argv[1:]))\n"
+
+
+def children(pid):
+    return [int(child) for child in pathlib.Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def stop(command, number):
+    """Send a signal to the first process of a command and its loader workers, as torchrun and a terminal do."""
+    first = command.processes[0].pid
+    for pid in [first, *children(first)]:
+        os.kill(pid, number)
+
+
+def stopped_lines(result):
+    assert "Traceback" not in result.err, result.err
+    return re.findall("^stopped by .*$", result.err, re.MULTILINE)
+
+
+@pytest.mark.parametrize("number, processes, workers", [
+    (signal.SIGTERM, 1, 0), (signal.SIGTERM, 1, 2), (signal.SIGINT, 1, 2), (signal.SIGTERM, 2, 1)
+])  # fmt: skip
+def test_signal_ends_the_step_and_the_run_goes_on_to_the_same_bits(number, processes, workers, tmp_path):
+    """Of two processes the signal goes to one alone. The checkpoint lies between two lines of the log."""
+    whole, out, size = tmp_path / "whole", tmp_path / "out", f"pretrain.batch_size={8 // processes}"
+    arguments = [*LONG, size, f"num_workers={workers}"]
+    assert run(tmp_path, "train.py", "--out", whole, *arguments, processes=processes).status in (0, [0, 0])
+    command = Command(tmp_path, "train.py", "--out", out, *arguments, processes=processes)
+    while not read_log(out):
+        assert command.processes[0].is_alive(), command.result()
+    stop(command, number)
+    result = command.wait(20)
+    assert result.status in (128 + number, [128 + number] * 2), result.err
+    step = load(out)["step"]
+    place = f"at step {step} of 24; the same command goes on from there"
+    assert stopped_lines(result) == [f"stopped by {signal.Signals(number).name} {place}"] and step < 24
+    result = run(tmp_path, "train.py", "--out", out, *arguments, processes=processes)
+    assert result.status in (0, [0, 0]) and f"goes on from step {step} of 24" in result.out, result.err
+    commands.assert_same(load(out), load(whole))
+    assert log_without_times(out) == log_without_times(whole)
+
+
+@pytest.mark.parametrize("function, arguments, step", [
+    ("data.write_tasks", [], None), ("train.evaluation.evaluate", ["retrieval", "retrieval.start=null"], 6),
+    ("train.evaluation.evaluate_pretrained", ["num_workers=1"], 12),
+])  # fmt: skip
+def test_signal_outside_of_steps_ends_at_once(function, arguments, step, tmp_path):
+    """It comes in a destructor, such as that of a loader, out of which no exception gets."""
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import os, signal, sys, time, data, train\n"
+        f"data.HERE = {str(tmp_path)!r}\n"
+        "class Dying:\n"
+        "    def __del__(self):\n"
+        "        os.kill(os.getpid(), signal.SIGTERM)\n"
+        "def die(*arguments):\n"
+        "    Dying()\n"
+        "    time.sleep(1)\n"
+        "    return whole(*arguments)\n"
+        f"whole, {function} = {function}, die\n" + STOPPABLE
+    )
+    out, arguments = tmp_path / "out", [*TINY, *arguments]
+    result = run(tmp_path, program, "--out", out, *arguments)
+    assert result.status == 143 and stopped_lines(result) == ["stopped by SIGTERM; the same command goes on"]
+    scenes = list((tmp_path / "data" / "scenes").iterdir())
+    if step is None:
+        assert not scenes and not out.exists()  # nothing half rendered
+    else:
+        assert load(out)["step"] == step and "epoch 1: val" not in result.out
+    assert run(tmp_path, "train.py", "--out", out, *arguments).status == 0
+    assert "retrieval" not in arguments or load(out)["best"] and load(out)["validated"] == 2
+
+
+def test_signal_while_one_process_has_not_begun_to_train(tmp_path):
+    """It ends at once; the other notices that before its own signal comes."""
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import os, signal, sys, time, data, train\n"
+        "make = data.make_loader\n"
+        "def wait(*arguments):\n"
+        "    if train.evaluation.rank() == 0:\n"
+        "        time.sleep(1)\n"
+        "        os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    return make(*arguments)\n"
+        "data.make_loader = wait\n" + STOPPABLE
+    )
+    command = Command(tmp_path, program, "--out", tmp_path / "out", *TINY, *PAIR, processes=2)
+    command.processes[0].join()
+    os.kill(command.processes[1].pid, signal.SIGTERM)
+    result = command.wait(20)
+    assert result.status == [143, 143] and len(stopped_lines(result)) == 1
+
+
+def test_second_signal_ends_what_hangs(tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text("import os, sys, time, train\nos.fsync = lambda _: print('writes', time.sleep(100))\n" + STOPPABLE)
+    command = Command(tmp_path, program, "--out", tmp_path / "out", *TINY, NO_EVALUATION)
+    while len(read_log(tmp_path / "out")) < 3:
+        assert command.processes[0].is_alive(), command.result()
+    for pause in (0.1, 1.2, 0):  # timeout(1) sends two at a time
+        stop(command, signal.SIGTERM)
+        command.processes[0].join(pause)
+        assert command.processes[0].is_alive() or not pause
+    assert command.wait(5).status == 143 and not os.path.exists(tmp_path / "out" / "checkpoint.pt")
+
+
 # Resumption that cannot be, starts from elsewhere
 
 
@@ -510,7 +619,7 @@ def test_check_counts_and_names_what_is_missing(own_files, tmp_path):
     assert "retrieval_test.json: 13 records" in result.out and "0 are empty" in result.out
     settings = [setting for setting in own_files[0] if setting != NO_EVALUATION]
     result = run(tmp_path, "train.py", "check", "pretrain", *settings)
-    assert result.status == 1 and "rows.json: 48 records; 1 of 48 images missing" in result.out
+    assert result.status == 1 and "rows.json: 48 records; 1 of 24 images missing" in result.out
     assert f"missing: {own_files[2] / '9.jpg'}" in result.out and "2 are empty" in result.out
     result = run(tmp_path, "train.py", "check", *TINY, NO_EVALUATION)
     assert result.status == 1 and "none.json: cannot be read" in result.out
