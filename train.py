@@ -232,6 +232,7 @@ class Signals:
 
     def end(self, number, frame):
         """End by an exception where that may be now; in a destructor, which would swallow it, a moment later."""
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's raises an error for each loader worker that ends
         while frame and frame.f_code.co_name != "__del__":
             frame = frame.f_back
         if self.at_once and frame:
@@ -264,7 +265,6 @@ class Signals:
                 name = signal.Signals(self.caught).name
                 there = " from there" if self.place else ""
                 print(f"stopped by {name}{self.place}; the same command goes on{there}", file=sys.stderr)
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's raises an error for each loader worker that ends
             for worker in multiprocessing.active_children():
                 worker.kill()  # they hold the connections of this process, whose end the others have to see
             sys.exit(128 + self.caught)

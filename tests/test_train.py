@@ -339,14 +339,18 @@ def test_signal_ends_the_step_and_the_run_goes_on_to_the_same_bits(number, proce
     ("train.evaluation.evaluate_pretrained", ["num_workers=1"], 12),
 ])  # fmt: skip
 def test_signal_outside_of_steps_ends_at_once(function, arguments, step, tmp_path):
-    """It comes in a destructor, such as that of a loader, out of which no exception gets."""
+    """It comes in a destructor, such as that of a loader, out of which no exception gets, and ends loader workers too."""
     program = tmp_path / "program.py"
     program.write_text(
-        "import os, signal, sys, time, data, train\n"
+        "import multiprocessing, os, signal, sys, time, torch, data, train\n"
         f"data.HERE = {str(tmp_path)!r}\n"
         "class Dying:\n"
         "    def __del__(self):\n"
+        "        loader = iter(torch.utils.data.DataLoader(range(9), num_workers=1))\n"
         "        os.kill(os.getpid(), signal.SIGTERM)\n"
+        "        for worker in multiprocessing.active_children():\n"
+        "            worker.kill()\n"
+        "        time.sleep(1)\n"
         "def die(*arguments):\n"
         "    Dying()\n"
         "    time.sleep(1)\n"
