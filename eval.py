@@ -1024,7 +1024,8 @@ def main(arguments):
         print(format_metrics(metrics))
 
 
-OUT_OF_MEMORY = "out of memory|allocate (shared )?memory|alloc_failed|bad_alloc"  # as torch and CUDA say it
+# as torch, CUDA and, without telling it from its other reasons, oneDNN say it
+OUT_OF_MEMORY = "out of memory|allocate (shared )?memory|alloc_failed|bad_alloc|could not create a primitive"
 
 
 @contextlib.contextmanager

@@ -53,6 +53,7 @@ import torch
 import torch.distributed
 import torch.nn as nn
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from PIL import ImageOps
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
@@ -82,10 +83,9 @@ class Attention(nn.Module):
 
     def scale_keys_values(self, keys, values, scale):
         """Keys and values of scale * context, scale (B, M), without a new projection: W(sx) + b = s(Wx) + b. [ours]"""
-        scale = scale[:, None, :, None].to(keys.dtype)
-        key_bias = self.split_heads(self.key.bias[None, None]).to(keys.dtype)  # (1, H, 1, D / H)
-        value_bias = self.split_heads(self.value.bias[None, None]).to(keys.dtype)
-        return torch.lerp(key_bias, keys, scale), torch.lerp(value_bias, values, scale)
+        scale, parts = scale[:, None, :, None].to(keys.dtype), ((self.key, keys), (self.value, values))
+        biases = [self.split_heads(layer.bias[None, None]).to(keys.dtype) for layer, _ in parts]  # (1, H, 1, D / H)
+        return tuple(torch.lerp(bias, part, scale) for bias, (_, part) in zip(biases, parts))
 
     def forward(self, x, keys, values, mask=None, return_probs: bool = False):
         """Attend from x (B, L, D); mask: bool, broadcastable to (B, H, L, M), True where a key may be attended.
@@ -104,8 +104,23 @@ class Attention(nn.Module):
         return self.out(context.transpose(1, 2).flatten(2)), probs if return_probs else None
 
 
+class GeluLinear(torch.autograd.Function):
+    """F.linear(F.gelu(x), weight, bias) that keeps x alone; GELU's output is made again in backward. [ours]"""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x, weight)
+        return F.linear(F.gelu(x), weight, bias)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        rows, hidden = grad.flatten(0, -2), F.gelu(x).flatten(0, -2)  # (..., D) -> (tokens, D)
+        return torch.ops.aten.gelu_backward(grad @ weight.to(grad.dtype), x), rows.T @ hidden, rows.sum(0)
+
+
 class Mlp(nn.Module):
-    """Two linear layers with a GELU (erf) between. [ALBEF]"""
+    """Two linear layers with a GELU (erf) between. [ALBEF] Copy with: GeluLinear."""
 
     def __init__(self, dim: int, hidden_dim: int):
         super().__init__()
@@ -113,11 +128,10 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden_dim, dim)
 
     def forward(self, x):
-        return self.fc2(F.gelu(self.fc1(x)))
+        return GeluLinear.apply(self.fc1(x), self.fc2.weight, self.fc2.bias)
 
 
 # Image encoder
-
 
 class VisionBlock(nn.Module):
     """Pre-norm transformer layer. [ALBEF] Copy with: Attention, Mlp."""
@@ -205,7 +219,6 @@ def text_init_std(width: int) -> float:
 
 # Text encoder, fusion encoder
 
-
 class TextLayer(nn.Module):
     """Post-norm BERT layer; with image_dim it has cross-attention too. [ALBEF] xbert.py. Copy with: Attention, Mlp."""
 
@@ -220,6 +233,23 @@ class TextLayer(nn.Module):
         self.mlp = Mlp(dim, 4 * dim)
         self.mlp_norm = nn.LayerNorm(dim, eps=1e-12)
 
+    def attend(self, x, keys_values, image_index, keys_mask, return_probs):
+        """Cross-attention of x (R, L, D); the others: see FusionEncoder. Returns output (R, L, D), probs."""
+        keys, values, *soft_scale = keys_values
+        if soft_scale:
+            keys, values = self.cross_attention.scale_keys_values(keys, values, *soft_scale)
+        ordered, attended = len(x) - len(image_index), []
+        if ordered:  # an image's rows are one long query, since cross-attention treats queries apart; no copies
+            query = x[:ordered].reshape(len(keys), -1, x.shape[-1])  # (I, rows * L, D)
+            states, probs = self.cross_attention(query, keys, values, keys_mask, return_probs)
+            attended.append(states.reshape(ordered, -1, x.shape[-1]))
+        if len(image_index):
+            keys, values = (part.index_select(0, image_index) for part in (keys, values))  # (rows, H, 1 + N, D / H)
+            keys_mask = None if keys_mask is None else keys_mask[image_index]
+            states, probs = self.cross_attention(x[ordered:], keys, values, keys_mask, return_probs)
+            attended.append(states)
+        return torch.cat(attended), probs
+
     def forward(self, x, mask, keys_values=None, image_index=None, keys_mask=None, return_probs=False, cls_only=False):
         """x (R, L, D), mask (R, 1, L or 1, L) bool; the others: see FusionEncoder. Returns x, probs."""
         probs = None
@@ -228,23 +258,11 @@ class TextLayer(nn.Module):
             x = x[:, :1]  # (R, L, D) -> (R, 1, D)
         x = self.self_norm(x + self.dropout(self.self_attention(x, keys, values, mask)[0]))
         if keys_values is not None:
-            keys, values = keys_values
-            index = x.new_empty(0, dtype=torch.int64) if image_index is None else image_index
-            ordered = len(x) - len(index)
-            if return_probs and len(x) != len(keys):  # probabilities come row by row
-                first = torch.arange(len(keys), device=x.device).repeat_interleave(ordered // len(keys))
-                index, ordered = torch.cat([first, index]), 0
-            attended = []
-            if ordered:  # an image's rows are one long query, since cross-attention treats queries apart; no copies
-                query = x[:ordered].reshape(len(keys), -1, x.shape[-1])  # (I, rows * L, D)
-                states, probs = self.cross_attention(query, keys, values, keys_mask, return_probs)
-                attended.append(states.reshape(ordered, -1, x.shape[-1]))
-            if len(index):
-                keys, values = (part.index_select(0, index) for part in (keys, values))  # (rows, H, 1 + N, D / H)
-                keys_mask = None if keys_mask is None else keys_mask[index]
-                states, probs = self.cross_attention(x[ordered:], keys, values, keys_mask, return_probs)
-                attended.append(states)
-            x = self.cross_norm(x + self.dropout(torch.cat(attended)))
+            # Done again in backward, for 1 % of a step: copied keys and probabilities were a sixth of its memory.
+            again = torch.is_grad_enabled() and not return_probs
+            attend = functools.partial(torch.utils.checkpoint.checkpoint, self.attend, use_reentrant=False)
+            states, probs = (attend if again else self.attend)(x, keys_values, image_index, keys_mask, return_probs)
+            x = self.cross_norm(x + self.dropout(states))
         return self.mlp_norm(x + self.dropout(self.mlp(x))), probs
 
 
@@ -291,16 +309,16 @@ class FusionEncoder(nn.Module):
 
     def keys_values(self, *image_embeds):
         """Per layer i keys and values, both (I, H, 1 + N, D / H), of image_embeds[i % sets] (I, 1 + N, D). [ALBEF]"""
-        sets = len(image_embeds)
-        return [layer.cross_attention.keys_values(image_embeds[i % sets]) for i, layer in enumerate(self.layers)]
+        pairs = (layer.cross_attention.keys_values(x) for layer, x in zip(self.layers, image_embeds * len(self.layers)))
+        return [(keys.contiguous(), values.contiguous()) for keys, values in pairs]  # once, not in each product
 
     def soft_mask_keys_values(self, keys_values, mask):
-        """Keys and values of soft-masked images, v~ = (1 - m) v per patch, not of [CLS]. [paper]; 1 - m, [CLS]: [ours]
+        """Those of soft-masked images, v~ = (1 - m) v per patch, not of [CLS]. [paper]; 1 - m, [CLS]: [ours]
 
-        mask m (I, N) in [0, 1], 1 = most relevant = hidden most.
+        mask m (I, N) in [0, 1], 1 = most relevant = hidden most. 1 - m comes along; they are scaled where read.
         """
         scale = 1 - F.pad(mask, (1, 0))  # (I, N) -> (I, 1 + N); the image's [CLS] has m = 0
-        return [layer.cross_attention.scale_keys_values(*pair, scale) for layer, pair in zip(self.layers, keys_values)]
+        return [(keys, values, scale) for keys, values in keys_values]
 
     def forward(
         self, text_embeds, mask, keys_values, image_index=None, attention_layer=None, cls_only=False, keys_mask=None
@@ -313,13 +331,16 @@ class FusionEncoder(nn.Module):
         cls_only: the last layer makes the state of [CLS] alone, all that a match score reads; the same number, sooner.
         Returns states (R, L, D) or (R, 1, D), and attention_layer's probabilities (R, H, L, 1 + N), float32, or None.
         """
-        ordered = len(text_embeds) - (0 if image_index is None else len(image_index))
-        if ordered % len(keys_values[0][0]):
-            raise ValueError(f"{ordered} rows cannot be shared out evenly to {len(keys_values[0][0])} images")
-        attention = None
+        image_index = mask.new_empty(0, dtype=torch.int64) if image_index is None else image_index
+        images, ordered = len(keys_values[0][0]), len(text_embeds) - len(image_index)
+        if ordered % images:
+            raise ValueError(f"{ordered} rows cannot be shared out evenly to {images} images")
+        if attention_layer is not None and len(text_embeds) != images:  # probabilities come row by row
+            first = torch.arange(images, device=mask.device).repeat_interleave(ordered // images)
+            image_index = torch.cat([first, image_index])
         mask = (mask if mask.ndim == 3 else mask[:, None])[:, None].bool()
         keys_mask = None if keys_mask is None else keys_mask[:, None, None, :].bool()
-        x = text_embeds
+        x, attention = text_embeds, None
         for i, layer in enumerate(self.layers):
             short = cls_only and i == len(self.layers) - 1
             x, probs = layer(x, mask, keys_values[i], image_index, keys_mask, i == attention_layer, short)
@@ -415,7 +436,6 @@ class Encoders(nn.Module):
 
 # Momentum twin and queue
 
-
 def make_twin(module):
     """A copy of module that takes no gradient: the momentum twin at its start. [ALBEF]"""
     return copy.deepcopy(module).requires_grad_(False).eval()
@@ -441,7 +461,6 @@ def gather(tensor):
 
 # Losses: pure functions of tensors
 
-
 def focal_itc_loss(
     image_feat, text_feat, image_feat_m, text_feat_m, image_queue, text_queue, temp, alpha, gamma, positives=None
 ):
@@ -461,7 +480,6 @@ def focal_itc_loss(
     if positives is None:
         positives = torch.eye(size, size + len(image_queue), dtype=torch.bool, device=image_feat.device)
     hard_targets = positives / positives.sum(1, keepdim=True)
-
     def one_direction(feat, feat_m, other_feat_m, other_queue):
         with torch.autocast(feat.device.type, enabled=False):
             sim = torch.cat([feat @ other_feat_m.T, feat @ other_queue.T], dim=1) / temp  # (B, B + K)
@@ -472,7 +490,6 @@ def focal_itc_loss(
             # 1 - p, clamped: where p rounds to 1, a gamma below 1 would have an infinite slope
             focal = (-torch.expm1(log_p)).clamp_min(1e-12) ** gamma if gamma else 1.0
             return -(targets * focal * log_p).sum(1).mean(), sim[:, :size]
-
     loss_i2t, sim_i2t = one_direction(image_feat, image_feat_m, text_feat_m, text_queue)
     loss_t2i, sim_t2i = one_direction(text_feat, text_feat_m, image_feat_m, image_queue)
     return (loss_i2t + loss_t2i) / 2, sim_i2t, sim_t2i
@@ -523,7 +540,6 @@ def itm_accuracy(logits, labels):
 
 # Word attention and soft mask
 
-
 def check_attention_layer(layer: int, fusion_layers: int):
     """ValueError for no fusion layer, from 0, or the last, where the gradient of a word's row is exactly zero."""
     if not 0 <= layer < fusion_layers - 1:
@@ -572,7 +588,6 @@ def soft_mask(cam, picked):
 
 
 # Pre-training
-
 
 class TaskModel(nn.Module):
     """What all tasks share: encoders, less the parts unused, and their twin where there is a momentum. [ALBEF]"""
@@ -654,8 +669,7 @@ class PretrainModel(TaskModel):
         mlm_labels (B, L): of mask_text; image_ids (B,), or None: each pair its own; alpha: weight of twin's targets.
         """
         student, twin = self.encoders, self.encoders_m
-        size = len(image)
-        own = torch.arange(size, device=image.device)
+        own = torch.arange(len(image), device=image.device)
         masked = mlm_labels != -100
         text_ids = masked_ids if self.mask_text_for == "all" else input_ids  # [paper] Fig. 2: the masked text enters
 
@@ -679,7 +693,7 @@ class PretrainModel(TaskModel):
         )
 
         # Multi-modal encoder on the positive pairs
-        keys_values = all_keys_values = student.image_keys_values(image_embeds)
+        keys_values = student.image_keys_values(image_embeds)
         attention_layer = self.attention_layer if self.soft_mask else None
         fused, attention = student.fuse(text_embeds, attention_mask, keys_values, attention_layer=attention_layer)
         match_logits = self.itm_head(fused[:, 0])  # (B, 2)
@@ -687,30 +701,31 @@ class PretrainModel(TaskModel):
         # ITM: each text with a hard negative image, each image with a hard negative text
         negative_image, image_valid = hard_negatives(sim_t2i, different, generator)
         negative_text, text_valid = hard_negatives(sim_i2t, different, generator)
-        ordered = [(negative_text, 0, text_valid)]  # rows that read images 0, 1, ... in this order: text, label, valid
-        rows = [(own, negative_image, 0, image_valid)]  # and others: text, image, label, valid
+        def further_logits(texts, *reading):
+            """Match logits (R, 2) of the texts numbered texts (R,); reading: keys_values, image_index of fuse."""
+            rows, rows_mask = text_embeds.index_select(0, texts), attention_mask[texts]
+            return self.itm_head(student.fuse(rows, rows_mask, *reading, cls_only=True)[0][:, 0])
+        logits = [match_logits, further_logits(torch.cat([negative_text, own]), keys_values, negative_image)]
+        labels = [torch.ones_like(own), *(torch.where(valid, 0, -100) for valid in (text_valid, image_valid))]
+        plain = torch.cat(logits), torch.cat(labels)
+        losses = {"itc": loss_itc, "itm": itm_loss(*plain)}
+        stats = {"itm_accuracy": itm_accuracy(*plain), "temp": self.temp.detach().clone()}
 
-        # Soft-masked ITM: images B to 2B - 1 are the soft-masked ones, under the same negatives
+        # Soft-masked ITM, under the same negatives
         if self.soft_mask:
             cam = word_attention(attention, match_logits[:, 1])
             picked = pick_word(word_ids, masked, generator)
             mask, has_word = soft_mask(cam, picked), picked.any(1)
-            soft_keys_values = student.fusion.soft_mask_keys_values(keys_values, mask)
-            both = zip(keys_values, soft_keys_values)  # layer by layer, the keys and values of either kind of images
-            all_keys_values = [[torch.cat(parts) for parts in zip(*layer)] for layer in both]
-            ordered.append((own, 1, has_word))
-            if self.soft_mask_negatives:
-                rows.append((negative_text, size + own, 0, text_valid & has_word))
-                rows.append((own, size + negative_image, 0, image_valid & has_word[negative_image]))
-
-        index, image_index = torch.cat([text for text, *_ in ordered + rows]), torch.cat([row[1] for row in rows])
-        texts, texts_mask = text_embeds.index_select(0, index), attention_mask[index]
-        fused_rows, _ = student.fuse(texts, texts_mask, all_keys_values, image_index, cls_only=True)
-        logits = torch.cat([match_logits, self.itm_head(fused_rows[:, 0])]).unflatten(0, (-1, size))  # (kinds, B, 2)
-        labels = [torch.ones_like(own), *(torch.where(valid, label, -100) for *_, label, valid in ordered + rows)]
-        plain, soft = ([0, 1, 3], [2, *range(4, len(labels))]) if self.soft_mask else ([0, 1, 2], [])
-        plain, soft = ((logits[kinds].flatten(0, 1), torch.stack(labels)[kinds].flatten()) for kinds in (plain, soft))
-        losses = {"itc": loss_itc, "itm": itm_loss(*plain)}
+            texts, reading = own, [student.fusion.soft_mask_keys_values(keys_values, mask)]
+            labels = torch.where(has_word, 1, -100)
+            if self.soft_mask_negatives:  # an image's own and negative text side by side, then negative images
+                texts, reading = torch.stack([own, negative_text], 1).flatten(), [*reading, negative_image]
+                labels = torch.stack([labels, torch.where(text_valid & has_word, 0, -100)], 1).flatten()
+                labels = torch.cat([labels, torch.where(image_valid & has_word[negative_image], 0, -100)])
+                texts = torch.cat([texts, own])
+            soft = further_logits(texts, *reading), labels
+            losses["soft_itm"] = itm_loss(*soft)
+            stats |= {"soft_itm_accuracy": itm_accuracy(*soft), "mask_mean": mask.mean()}
 
         # MLM: the same pass, unless the text is masked for it alone
         if self.mask_text_for == "mlm":
@@ -724,15 +739,10 @@ class PretrainModel(TaskModel):
                 mlm_logits_m = twin.mlm_logits(fused_m[masked])  # (M, V)
             losses["mlm"] = mlm_loss(student.mlm_logits(fused[masked]), mlm_logits_m, mlm_labels[masked], alpha)
 
-        stats = {"itm_accuracy": itm_accuracy(*plain), "temp": self.temp.detach().clone()}
-        if self.soft_mask:
-            losses["soft_itm"] = itm_loss(*soft)
-            stats |= {"soft_itm_accuracy": itm_accuracy(*soft), "mask_mean": mask.mean()}
         return losses, stats, (image_feat_m, text_feat_m, image_ids)
 
 
 # Downstream models: ALBEF's losses on clean text, no soft mask, no focal factor [ours: the paper's way is unknown]
-
 
 class ClassifierModel(TaskModel):
     """The class of a text with one image (SNLI-VE) or with two (NLVR2). [ALBEF] model_ve.py, model_nlvr.py"""
@@ -814,12 +824,10 @@ class VqaModel(TaskModel):
         """
         next_ids = answer_ids[:, 1:]
         real = answer_mask[:, 1:].bool()  # logits where an answer goes on, and nowhere else
-
         def next_logits(encoders):
             keys_values = self.question_keys_values(encoders, image, input_ids, attention_mask)
             states = encoders.decoder(answer_ids, answer_mask, keys_values, attention_mask, answer_question)
             return encoders.decoder.logits(states[:, :-1][real])  # (A, L, D) -> (M, V)
-
         with torch.no_grad():
             logits_m = next_logits(self.encoders_m)
         losses = distilled_cross_entropy(next_logits(self.encoders), logits_m, next_ids[real], alpha)
@@ -867,7 +875,6 @@ def build_model(task: str, vocab_size: int, model: dict, method: dict):
 
 # Multi-modal augmentation
 
-
 def mask_text(input_ids, word_ids, mask_id: int, ordinary_ids, probability, random_replacement: bool, generator=None):
     """Mask tokens for MLM: 80 % [MASK], 10 % a random token, 10 % unchanged. [ALBEF], after BERT
 
@@ -890,11 +897,9 @@ def distort_images(images, brightness, contrast, blur, hue, grayscale, generator
     [1 - x, 1 + x]; blur: probability of a Gaussian blur, sigma from 0.1 pixels to 1/128 of the side; hue: a turn of the
     colour wheel from [-x, x], x at most 0.5; grayscale: a probability. 0 leaves that distortion out.
     """
-
     def draw(low, high):
         uniform = torch.rand(len(images), generator=generator, device=images.device)
         return (low + (high - low) * uniform)[:, None, None, None]
-
     if brightness:
         images = (images * draw(1 - brightness, 1 + brightness)).clamp(0, 1)
     if contrast:
@@ -918,17 +923,13 @@ def distort_images(images, brightness, contrast, blur, hue, grayscale, generator
 
 
 PHOTOMETRIC_OPS = {
-    "identity": nn.Identity(),
-    "autocontrast": TF.autocontrast,
-    "equalize": TF.equalize,
+    "identity": nn.Identity(), "autocontrast": TF.autocontrast, "equalize": TF.equalize,
     "brightness": functools.partial(TF.adjust_brightness, brightness_factor=1.36),
     "sharpness": functools.partial(TF.adjust_sharpness, sharpness_factor=1.36),
 }
 GEOMETRIC_OPS = {  # angle in degrees, shift in pixels, shear as slopes, and the point that stays (None: the centre)
-    "shear_x": (0, [0, 0], [0.21, 0], [0, 0]),
-    "shear_y": (0, [0, 0], [0, 0.21], [0, 0]),
-    "translate_x": (0, [7, 0], [0, 0], None),
-    "translate_y": (0, [0, 7], [0, 0], None),
+    "shear_x": (0, [0, 0], [0.21, 0], [0, 0]), "shear_y": (0, [0, 0], [0, 0.21], [0, 0]),
+    "translate_x": (0, [7, 0], [0, 0], None), "translate_y": (0, [0, 7], [0, 0], None),
     "rotate": (21, [0, 0], [0, 0], None),
 }
 RANDAUGMENT_OPS = (*PHOTOMETRIC_OPS, *GEOMETRIC_OPS)
@@ -1229,7 +1230,6 @@ def read_dict(path) -> dict:
     try:
         if str(path).endswith(".safetensors"):
             from safetensors.torch import load_file  # comes with transformers
-
             return load_file(path)
         content = torch.load(path, map_location="cpu", weights_only=True)  # tensors and plain containers alone
     except OSError:
@@ -1284,22 +1284,19 @@ def load_start(model, state: dict) -> tuple[list[str], list[str]]:
     used = {key: value for key, value in state.items() if task_part(key) in parts and not unused.search(key)}
     absent = set(TASK_PARTS) - {task_part(key) for key in used}  # whole parts, not pieces of them
     missing = load_weights(model, used, ("queue", "^encoders_m", *(f"^{re.escape(part)}" for part in absent)))
-    no_decoder = "encoders.decoder.mlm_head.bias" in missing
-    if no_decoder:
-        start_decoder(model.encoders)
-        missing = [key for key in missing if not key.startswith("encoders.decoder.")]
     twin = [key.removeprefix("encoders_m.") for key in missing if key.startswith("encoders_m.")]
     if twin:
         student = model.encoders.state_dict()
         model.encoders_m.load_state_dict({name: student[name] for name in twin}, strict=False)
-    if no_decoder:
+    if "encoders.decoder.mlm_head.bias" in missing:
+        start_decoder(model.encoders)
         start_decoder(model.encoders_m)  # the twin's own from its own layers
+        missing = [key for key in missing if not key.startswith("encoders.decoder.")]
     fresh = [key for key in missing if "queue" not in key and not key.startswith("encoders_m.")]
     return fresh, [key for key in state if key not in used and "queue" not in key]
 
 
 # A trained model on your own image and sentence
-
 
 class Pretrained:
     """A trained model that takes PIL images and strings. Made by from_pretrained."""

@@ -146,6 +146,8 @@ def pair_flops(config, vocab_size):
         layer_number = (model.fusion_layers - 1) // 2 if method.attention_layer is None else method.attention_layer
         word_attention = (model.fusion_layers - 1 - layer_number) * (fusion_layer(length) + 4 * length**2 * width)
         word_attention += 2 * length * 9 * width**2 + 2 * length * (1 + patches) * width
+        # GeluLinear makes the gradient of its weight too
+        word_attention += (model.fusion_layers - layer_number) * 2 * length * 4 * width**2
     # pixels and queues take no gradient
     without_gradient = patch_embedding + 4 * (config.pretrain.batch_size + method.queue_size) * model.embed_dim
     return 3 * student + twin + word_attention - without_gradient

@@ -104,7 +104,7 @@ def inject(monkeypatch):
     return prepare
 
 
-EVERY = "loss_itc, loss_itm, loss_mlm, loss_soft_itm"
+EVERY = "loss_itc, loss_itm, loss_soft_itm, loss_mlm"
 FAULTS = {
     "image": (spoil_image, EVERY),
     "weight of the image encoder": (spoil_weight("encoders.vision.patch_embed.weight"), EVERY),

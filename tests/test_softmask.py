@@ -889,7 +889,8 @@ def test_soft_masked_keys_and_values_equal_a_fresh_projection():
     mask = torch.rand(4, 9, generator=seeded())
     mask[0], mask[1] = 0, 1
     plain = fusion.keys_values(image_embeds)
-    soft = fusion.soft_mask_keys_values(plain, mask)
+    scaled = zip(fusion.layers, fusion.soft_mask_keys_values(plain, mask))  # where they are read
+    soft = [layer.cross_attention.scale_keys_values(*reading) for layer, reading in scaled]
     fresh = fusion.keys_values(torch.cat([image_embeds[:, :1], (1 - mask)[..., None] * image_embeds[:, 1:]], 1))
     assert len(soft) == 3
     for ours, expected, unmasked in zip(soft, fresh, plain):

@@ -543,7 +543,7 @@ def test_broken_checkpoint_of_the_run_is_one_line(finished, tmp_path):
 
 def test_loss_that_is_not_finite_stops_the_run(tmp_path):
     result = run(tmp_path, "train.py", "--out", tmp_path, *TINY, "pretrain.lr=1e30", "pretrain.clip_norm=0")
-    assert "step 3: loss_itc, loss_itm, loss_mlm, loss_soft_itm not finite" in result.error
+    assert "step 3: loss_itc, loss_itm, loss_soft_itm, loss_mlm not finite" in result.error
     assert "there is no checkpoint yet" in result.error
     assert len(read_log(tmp_path)) == 2
     assert all(math.isfinite(value) for line in read_log(tmp_path) for value in line.values())
