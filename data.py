@@ -238,7 +238,7 @@ TASKS = tuple(field.name for field in dataclasses.fields(Config) if field.type i
 REPLACED_WHOLE = {"data.scenes", "data.retrieval_sets"}
 # Limits, by the last part of the key. A whole number not named in MAY_BE_ZERO is at least 1, every number at least 0.
 MAY_BE_ZERO = {"seed", "epochs", "num_workers", "attention_layer", "randaugment_ops", "warmup_steps", "pictures",
-               "eval_every_steps", "max_skipped_steps"}
+               "eval_every_steps", "max_skipped_steps", "queue_size"}
 SHARES = ("max_bad_image_share", "dropout", "mlm_probability", "distort_brightness", "distort_contrast", "distort_blur",
           "distort_grayscale", "momentum", "alpha", "crop_min_area")
 LARGEST = dict.fromkeys(SHARES, 1.0) | {"distort_hue": 0.5, "temp": 0.5, "randaugment_ops": 10}

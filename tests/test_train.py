@@ -104,6 +104,7 @@ def test_finished_run_says_so_and_fresh_starts_over(trained, tmp_path):
      "method.distort_contrast=0", "method.distort_blur=0", "method.image_ids=false"],  # ALBEF
     ["method.soft_mask_negatives=false", "method.distort_hue=0.1", "method.distort_grayscale=0.3",
      "pretrain.randaugment_ops=2", "precision=bf16", "pretrain.accumulation=2", "model.dropout=0.1"],
+    ["method.queue_size=0"],
     ["method.soft_mask=false", "model.fusion_layers=1", "method.queue_size=3"],  # no layer with word attention
 ])  # fmt: skip
 def test_other_settings_run(settings, tmp_path):
