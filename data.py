@@ -56,6 +56,9 @@ from tqdm import tqdm
 
 import softmask
 
+# A batch of captions takes a millisecond: threads for it, one per core in every loader worker, would only be in the way.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
 HERE = os.path.dirname(os.path.abspath(__file__))
 INDEX_FOLDER = os.path.join(HERE, "data", "index")  # may be deleted between runs: it is made again
 INDEX_VERSION = 1  # raised with any change of what the folder holds

@@ -674,6 +674,7 @@ def work(seed, cases, folder, connection):
 
     signal.signal(signal.SIGALRM, out_of_time)
     torch.set_num_threads(1)
+    torch.cuda.is_available = lambda: False  # CUDA, where this process's parent uses it, does not survive the fork
     size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (size + (8 << 30),) * 2)  # so that no failure takes the machine down
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # warnings of Pillow

@@ -440,7 +440,7 @@ def test_out_of_memory_says_what_to_lower(in_worker, fault, said, fails, tmp_pat
     assert said in line and len(line) < 400
 
 
-def test_out_of_memory_for_the_whole_process(tmp_path):
+def test_out_of_memory_for_the_whole_process(tmp_path, monkeypatch):
     """The system's own limit, in a process of its own: 16 MB more than it has as training begins."""
     pytest.importorskip("resource")
     program = tmp_path / "program.py"
@@ -455,6 +455,7 @@ def test_out_of_memory_for_the_whole_process(tmp_path):
         "    train.main(sys.argv[1:])\n"
     )
     sizes = "model={vision_width: 256, vision_heads: 4}"
+    monkeypatch.setenv("RAYON_NUM_THREADS", "64")  # as on a large machine: the tokenizer must not start so many
     result = run(tmp_path, program, "--out", tmp_path / "out", *SETTINGS, sizes, "pretrain.batch_size=96")
     assert result.error.startswith("out of memory (") and "checkpointing=true" in result.error
 
