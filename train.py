@@ -103,6 +103,8 @@ def prepare(model, config):
     if config.compile:
         torch._functorch.config.donated_buffer = False  # backward passes run twice: for the word attention, for the loss
         torch._inductor.config.fallback_random = True  # the dropout of a run that is not compiled
+        if torch.__version__ < "2.12":  # its choice of tiles fails on lengths that vary: pytorch issue 181563
+            torch._inductor.config.triton.coalesce_tiling_analysis = False
     attending = None
     if isinstance(model, softmask.PretrainModel) and model.soft_mask:
         attending = model.encoders.fusion.layers[model.attention_layer]
