@@ -536,9 +536,9 @@ def score(task, metrics) -> float:
 
 
 def evaluate_pretrained(model, tokenizer, config, out, split="test"):
-    """All figures of a pre-trained model; on the scenes also a sheet of soft masks, out/masks.png.
+    """All figures of a pre-trained model, and a sheet of soft masks, out/masks.png, of the first images and captions.
 
-    Process 0 alone measures pointing and foils; all processes share the retrieval.
+    Process 0 alone measures pointing and foils, and draws; all processes share the retrieval.
     """
     model.eval()
     settings = config.data.retrieval_sets[config.data.retrieval]
@@ -552,15 +552,16 @@ def evaluate_pretrained(model, tokenizer, config, out, split="test"):
     metrics = {"zero_shot": found["itc"], "reranked": found["reranked"]}
     if rank() > 0:
         return metrics
-    # the last fusion layer has no word attention, so an only one has none either
-    if config.data.grounding_boxes is not None and len(model.encoders.fusion.layers) > 1:
+    has_attention = len(model.encoders.fusion.layers) > 1  # the last fusion layer has none, so an only one has none either
+    if config.data.grounding_boxes is not None and has_attention:
         rows = data.read_json(config.data.grounding_boxes)
         side = config.data.scenes.image_size
         metrics["pointing"] = pointing_metrics(model, tokenize, rows, settings.image_root, side, config)
-        pairs = [(data.join_image_path(settings.image_root, row["image"]), row["caption"]) for row in rows]
-        if config.eval.pictures:
-            api = softmask.Pretrained(model, tokenizer, max_tokens, config.data.max_words)
-            draw_masks(api, pairs[: config.eval.pictures], os.path.join(out, "masks.png"))
+    if config.eval.pictures and has_attention:
+        paths, captions, image_of_text = data.load_retrieval(file, settings.image_root, config.data.max_words)
+        firsts = np.unique(image_of_text, return_index=True)[1][: config.eval.pictures]  # the first caption of an image
+        api = softmask.Pretrained(model, tokenizer, max_tokens, config.data.max_words)
+        draw_masks(api, [(paths[image_of_text[t]], captions[t]) for t in firsts], os.path.join(out, "masks.png"))
     if config.data.foils is not None:
         rows = data.read_json(config.data.foils)
         metrics["foils"] = foil_metrics(model, tokenize, rows, settings.image_root, config)

@@ -84,6 +84,18 @@ def test_loss_falls_and_files_are_whole(trained):
         assert sheet.format == "PNG"
 
 
+def test_masks_are_drawn_of_files_without_boxes_too(tmp_path):
+    """Of the user's own: a row of the sheet is as wide as its caption has words."""
+    arguments = [*TINY, "pretrain.epochs=0", "data.grounding_boxes=null", "data.foils=null", "eval.pictures=2"]
+    assert run(tmp_path, "train.py", "--out", tmp_path, *arguments).status == 0
+    assert json.loads((tmp_path / "metrics.json").read_text())["metrics"].keys() == {"zero_shot", "reranked"}
+    config = data.resolve_scenes(data.load_config("scenes", TINY)).data
+    _, captions, image_of_text = data.load_retrieval(config.retrieval_sets["scenes"].test, config.pretrain_image_root, 30)
+    firsts = [captions[list(image_of_text).index(image)] for image in range(2)]
+    with Image.open(tmp_path / "masks.png") as sheet:
+        assert sheet.size[0] == max(1 + len(text.split()) for text in firsts) * (192 + 4) + 4
+
+
 def test_finished_run_says_so_and_fresh_starts_over(trained, tmp_path):
     log, temp = pathlib.Path(trained.out, "log.jsonl").read_text(), load(trained.out)["model"]["temp"]
     again = run(tmp_path, "train.py", "--out", trained.out, *trained.arguments)
