@@ -501,7 +501,9 @@ def test_shards_that_would_go_round_for_ever_or_search_for_hours_are_refused(tmp
         member.size, member.type = size, kind
         return member.tobuf(tarfile.GNU_FORMAT)
 
-    pax, refused = b"14 size=-1024\n", "(a negative size|cut off or damaged) at byte"  # by us, or by Python 3.12's tarfile
+    pax, refused = b"14 size=-1024\n", "a negative size at byte"
+    if sys.version_info >= (3, 12):  # whose tarfile stops there without a word
+        refused = "(a negative size|cut off or damaged) at byte"
     for content, message in (
         (header(0) + header(-1024), f"{refused} 512"),
         (header(0) + header(-512, tarfile.GNUTYPE_SPARSE), f"{refused} 512"),

@@ -65,7 +65,7 @@ def test_parameter_groups_spare_from_weight_decay_and_give_the_image_encoder_and
 def test_loss_falls_and_files_are_whole(trained):
     log = read_log(trained.out)
     assert [line["step"] for line in log] == [20, 40, 60, 80, 100, 120]
-    assert log[-1]["loss_mlm"] < 0.85 * log[0]["loss_mlm"] and log[-1]["loss"] < log[0]["loss"]
+    assert log[-1]["loss_mlm"] < 0.8 * log[0]["loss_mlm"] and log[-1]["loss"] < log[0]["loss"]
     assert log[-1]["epoch"] == 10 and log[-1]["bad_images"] == 0 and 0 < log[-1]["mask_mean"] < 1
     for name in log[-1]:
         assert re.search(rf"\b{name}\b", train.__doc__), f"{name} of log.jsonl is not defined"
