@@ -338,13 +338,16 @@ def main(arguments):
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--steps", type=int, default=5, help="repetitions measured, after those to warm up")
     parser.add_argument("--vocab-size", type=int, default=30522, help="BERT's")
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, help="of step, beside full (default: all)")
+    parser.add_argument("--variants", nargs="+", metavar="VARIANT", help=f"of step, beside full: {', '.join(VARIANTS)}")
     parser.add_argument("--images", help="folder of JPEG files (default: synthetic ones)")
     options = parser.parse_intermixed_args(arguments)
-    options.overrides = [word for word in options.words if "=" in word]
+    variants = options.variants or []  # settings may follow them
+    options.overrides = [word for word in options.words + variants if "=" in word]
+    options.variants = [word for word in variants if "=" not in word]
     wanted = [word for word in options.words if "=" not in word] or list(MEASURES)
-    if not set(wanted) <= MEASURES.keys():
-        raise data.InputError(f"{' '.join(wanted)}: wanted some of {', '.join(MEASURES)}")
+    for given, known in ((wanted, MEASURES), (options.variants, VARIANTS)):
+        if not set(given) <= known.keys():
+            raise data.InputError(f"{' '.join(given)}: wanted some of {', '.join(known)}")
     for name in wanted:
         MEASURES[name](options)
 

@@ -36,10 +36,10 @@ def test_flops_by_formula(variant, monkeypatch):
 
 
 def test_steps(capsys):
-    full, albef = lines_of(capsys, "step", "--variants", "ALBEF")
+    full, albef = lines_of(capsys, "step", "--variants", "ALBEF", "checkpointing=true")
     assert (full["variant"], albef["variant"], full["cost"]) == ("full", "ALBEF", 0)
     for line in full, albef:
-        assert line["peak_memory_gb"] > line["fixed_state_gb"] > 0 and line["pairs_per_second"] > 0
+        assert line["checkpointing"] and line["peak_memory_gb"] > line["fixed_state_gb"] > 0 and line["pairs_per_second"] > 0
 
 
 def test_ranking_and_images(capsys, monkeypatch):
