@@ -630,6 +630,9 @@ def load_initial_weights(model, config, task_name, vocab):
         say(f"image encoder starts from {vision}")
     elif config.scale == "paper":
         raise data.InputError("model.vision_weights is null: at scale paper the image encoder starts from DeiT; name its file")
+    elif (rate := getattr(config, task_name).vision_lr) is not None:
+        say(f"image encoder starts from nothing, with a learning rate of {rate}: give model.vision_weights, or "
+            f"{task_name}.vision_lr=null")  # fmt: skip
     if text is not None:
         with weights_of(text) as (state, _):
             fresh = softmask.load_bert(encoders, state)

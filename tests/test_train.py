@@ -96,6 +96,14 @@ def test_masks_are_drawn_of_files_without_boxes_too(tmp_path):
         assert sheet.size[0] == max(1 + len(text.split()) for text in firsts) * (192 + 4) + 4
 
 
+@pytest.mark.parametrize("vision_lr", ["1e-7", "null"])
+def test_an_image_encoder_held_still_without_weights_is_named(vision_lr, tmp_path):
+    arguments = [*TINY, NO_EVALUATION, "pretrain.epochs=0", f"pretrain.vision_lr={vision_lr}"]
+    out = run(tmp_path, "train.py", "--out", tmp_path, *arguments).out
+    warning = "image encoder starts from nothing, with a learning rate of 1e-07: give model.vision_weights, or "
+    assert (warning in out) == (vision_lr != "null")
+
+
 def test_finished_run_says_so_and_fresh_starts_over(trained, tmp_path):
     log, temp = pathlib.Path(trained.out, "log.jsonl").read_text(), load(trained.out)["model"]["temp"]
     again = run(tmp_path, "train.py", "--out", trained.out, *trained.arguments)
