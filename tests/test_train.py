@@ -187,6 +187,15 @@ def test_compilation_changes_rounding_alone(options, plain_losses, monkeypatch):
     assert len(graphs) == 2 * (2 + 1 + 3) - 1  # of model and twin, less the layer of the word attention
 
 
+@pytest.mark.parametrize("task", ["pretrain", "vqa"])
+def test_layers_stay_compiled_through_training_and_evaluation(task, tmp_path, monkeypatch):
+    compiled = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **k: compiled(f, backend="eager", **k))
+    torch.compiler.reset()
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):  # without it they go on uncompiled
+        train.main([task, "--out", str(tmp_path), *TINY, f"{task}.start=null", "compile=true"])
+
+
 # Two processes are one process with two micro-batches
 
 
