@@ -122,6 +122,7 @@ class MethodConfig:
     distort_blur: float
     distort_hue: float
     distort_grayscale: float
+    clean_teacher: bool
     image_ids: bool
     queue_size: int
     momentum: float

@@ -661,25 +661,29 @@ class PretrainModel(TaskModel):
         self.temp.clamp_(0.001, 0.5)
 
     def forward(
-        self, image, input_ids, attention_mask, masked_ids, mlm_labels, word_ids, image_ids, alpha, generator=None
-    ):
+        self, image, input_ids, attention_mask, masked_ids, mlm_labels, word_ids, image_ids, alpha, generator=None,
+        clean_image=None,
+    ):  # fmt: skip
         """Losses {itc, itm, soft_itm, mlm} of one batch, statistics for the log, and the arguments for enqueue.
 
         image (B, 3, S, S), normalised, distorted; input_ids, attention_mask, word_ids (B, L): of tokenize; masked_ids,
         mlm_labels (B, L): of mask_text; image_ids (B,), or None: each pair its own; alpha: weight of twin's targets.
+        clean_image (B, 3, S, S): what the twin sees, with clean text, which MLM alone masks for it; None: it sees image
+        and the student's text [ours: which of the two is the paper's way is unknown].
         """
         student, twin = self.encoders, self.encoders_m
         own = torch.arange(len(image), device=image.device)
         masked = mlm_labels != -100
         text_ids = masked_ids if self.mask_text_for == "all" else input_ids  # [paper] Fig. 2: the masked text enters
+        image_m, text_ids_m = (image, text_ids) if clean_image is None else (clean_image, input_ids)
 
         # Image encoder and text encoder, and their momentum twins
         image_embeds = student.encode_image(image)  # (B, 1 + N, D)
         text_embeds = student.encode_text(text_ids, attention_mask)  # (B, L, D)
         image_feat, text_feat = student.image_feat(image_embeds), student.text_feat(text_embeds)  # (B, P)
         with torch.no_grad():
-            image_embeds_m = twin.encode_image(image)
-            text_embeds_m = twin.encode_text(text_ids, attention_mask)
+            image_embeds_m = twin.encode_image(image_m)
+            text_embeds_m = twin.encode_text(text_ids_m, attention_mask)
             image_feat_m, text_feat_m = twin.image_feat(image_embeds_m), twin.text_feat(text_embeds_m)
 
         # Focal ITC, before fusion
@@ -733,7 +737,7 @@ class PretrainModel(TaskModel):
             fused, _ = student.fuse(text_embeds, attention_mask, keys_values)
         if self.mask_text_for is not None:
             with torch.no_grad():
-                if self.mask_text_for == "mlm":
+                if text_ids_m is not masked_ids:
                     text_embeds_m = twin.encode_text(masked_ids, attention_mask)
                 fused_m, _ = twin.fuse(text_embeds_m, attention_mask, twin.image_keys_values(image_embeds_m))
                 mlm_logits_m = twin.mlm_logits(fused_m[masked])  # (M, V)

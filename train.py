@@ -126,6 +126,7 @@ def pretrain_losses(model, image, batch, config, special, alpha, generator):
     masked_ids, mlm_labels = softmask.mask_text(
         batch["input_ids"], batch["word_ids"], *special, method.mlm_probability, method.mlm_random_replacement, generator
     )
+    clean_image = softmask.normalize(image) if method.clean_teacher else None
     image = softmask.distort_images(
         image, method.distort_brightness, method.distort_contrast, method.distort_blur,
         method.distort_hue, method.distort_grayscale, generator,
@@ -133,7 +134,7 @@ def pretrain_losses(model, image, batch, config, special, alpha, generator):
     with evaluation.autocast(config, image.device):
         return model(
             softmask.normalize(image), batch["input_ids"], batch["attention_mask"], masked_ids, mlm_labels,
-            batch["word_ids"], batch["image_ids"] if method.image_ids else None, alpha, generator,
+            batch["word_ids"], batch["image_ids"] if method.image_ids else None, alpha, generator, clean_image,
         )  # fmt: skip
 
 

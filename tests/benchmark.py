@@ -140,7 +140,8 @@ def pair_flops(config, vocab_size):
     soft_rows = (1 + 2 * method.soft_mask_negatives) * method.soft_mask
     passes = 1 + (method.mask_text_for == "mlm")  # of the text and of positive pairs: one for all losses, or MLM's own
     student = image + passes * (text + whole_row) + (2 + soft_rows) * match_row + words + contrast
-    twin = image + passes * text + whole_row + words + contrast
+    twin_passes = 1 + (method.mask_text_for == "mlm" or method.clean_teacher)
+    twin = image + twin_passes * text + whole_row + words + contrast
     word_attention = 0
     if method.soft_mask:  # gradient of the input alone, down to the attention of one layer
         layer_number = (model.fusion_layers - 1) // 2 if method.attention_layer is None else method.attention_layer

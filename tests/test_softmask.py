@@ -214,8 +214,10 @@ def naive_losses(model, batch, negatives, picked):
     student, twin, size = model.encoders, model.encoders_m, len(batch["image"])
     lengths = batch["attention_mask"].sum(1).tolist()
 
+    clean_teacher = "clean_image" in batch
+
     def encode(encoders, ids):
-        images = encoders.encode_image(batch["image"].double())
+        images = encoders.encode_image(batch["clean_image" if clean_teacher and encoders is twin else "image"].double())
         texts = [encoders.encode_text(ids[i : i + 1, :n], torch.ones(1, n))[0] for i, n in enumerate(lengths)]
         return images, texts
 
@@ -225,7 +227,7 @@ def naive_losses(model, batch, negatives, picked):
 
     ids = batch["masked_ids"] if model.mask_text_for == "all" else batch["input_ids"]
     images, texts = encode(student, ids)
-    images_m, texts_m = encode(twin, ids)
+    images_m, texts_m = encode(twin, batch["input_ids"] if clean_teacher else ids)
     positives = torch.eye(size, size + len(model.image_queue)).bool()
     if batch["image_ids"] is not None:
         known = batch["image_ids"].tolist() + model.queue_ids.tolist()
@@ -1041,10 +1043,13 @@ PICKED = torch.tensor([[0, 0, 0, 0, 0, 1], [0, 0, 1, 1, 0, 0], [0, 1, 0, 0, 0, 0
 @pytest.mark.parametrize("soft_mask_negatives", [True, False])
 @pytest.mark.parametrize("mask_text_for", ["all", "mlm"])
 @pytest.mark.parametrize("image_ids", [True, False])
-def test_forward_equals_the_loops(monkeypatch, soft_mask_negatives, mask_text_for, image_ids):
+@pytest.mark.parametrize("clean_teacher", [True, False])
+def test_forward_equals_the_loops(monkeypatch, soft_mask_negatives, mask_text_for, image_ids, clean_teacher):
     """Every loss, and the gradients of the soft ITM, in which the mask is a constant; caption 3 has no word left."""
     model = make_model(soft_mask_negatives=soft_mask_negatives, mask_text_for=mask_text_for).train()
     batch = make_batch(image_ids)
+    if clean_teacher:
+        batch["clean_image"] = batch["image"] / 2 + 0.1
     fix_draws(monkeypatch, NEGATIVES, PICKED)
     losses, stats, features = model(**batch)
     naive, masks, wide = naive_losses(model, batch, NEGATIVES, PICKED)

@@ -137,6 +137,17 @@ def test_other_settings_run(settings, tmp_path):
     assert all(math.isfinite(value) for value in line.values())
 
 
+@pytest.mark.parametrize("clean", [True, False])
+def test_a_clean_teacher_is_given_the_image_before_its_distortion(clean):
+    config = data.load_config("scenes", [f"method.clean_teacher={str(clean).lower()}"])
+    images, shape = torch.rand(4, 3, 16, 16), (4, 6)
+    batch = {"input_ids": torch.full(shape, 7), "attention_mask": torch.ones(shape), "image_ids": torch.arange(4),
+             "word_ids": torch.arange(6).expand(shape)}  # fmt: skip
+    seen = train.pretrain_losses(lambda *given: given, images, batch, config, (4, torch.tensor([8])), 0.4, None)
+    assert not torch.allclose(seen[0], softmask.normalize(images), atol=0.01)
+    assert torch.equal(seen[-1], softmask.normalize(images)) if clean else seen[-1] is None
+
+
 # Options that change no result
 
 

@@ -7,8 +7,6 @@ The first word names the variant, all others are train.py's; metrics.json has it
   hard_mask      patches with m above 0.5 are removed, all others kept whole; softmask.py: scaled by 1 - m
   top_word       the word whose attention has the largest sum over the image; softmask.py: one drawn at random
   focal_one_hot  the focal factor on the one-hot part of the target alone; softmask.py: on every term
-  clean_teacher  the twin's contrastive features, in loss and queues, are of clean text and undistorted images (its MLM
-                 targets are not: it would read the answers there); softmask.py: of what the student reads
 """
 
 import json
@@ -58,31 +56,8 @@ def focal_one_hot():
     )
 
 
-def clean_teacher():
-    distort_images, forward, clean = softmask.distort_images, softmask.PretrainModel.forward, {}
-
-    def remember(images, *arguments):
-        clean["image"] = softmask.normalize(images.clone())
-        return distort_images(images, *arguments)
-
-    def with_clean_teacher(
-        self, image, input_ids, attention_mask, masked_ids, mlm_labels, word_ids, image_ids, alpha, generator=None
-    ):
-        masking = masked_ids, mlm_labels, word_ids
-        twin = self.encoders_m
-        image_feat, text_feat = type(twin).image_feat, type(twin).text_feat
-        twin.image_feat = lambda embeds: image_feat(twin, twin.encode_image(clean["image"]))
-        twin.text_feat = lambda embeds: text_feat(twin, twin.encode_text(input_ids, attention_mask))
-        try:
-            return forward(self, image, input_ids, attention_mask, *masking, image_ids, alpha, generator)
-        finally:
-            del twin.image_feat, twin.text_feat
-
-    softmask.distort_images, softmask.PretrainModel.forward = remember, with_clean_teacher
-
-
 def main(variant, *arguments):
-    {f.__name__: f for f in (hard_mask, top_word, focal_one_hot, clean_teacher)}[variant]()
+    {f.__name__: f for f in (hard_mask, top_word, focal_one_hot)}[variant]()
     status = train.main(list(arguments))
     path = os.path.join(train.parse(arguments).out, "metrics.json")
     with open(path, encoding="utf-8") as file:
