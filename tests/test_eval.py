@@ -269,6 +269,15 @@ def test_image_that_cannot_be_read_stops_evaluation(trained, tmp_path):
 # The recorded quick start
 
 
+def test_the_recorded_settings_are_those_of_the_quick_start():
+    recorded = data.read_json(evaluation.RECORD)["settings"]
+    run = {"task": "pretrain", "step": recorded["step"], "settings": evaluation.flatten(
+        {name: part for name, part in data.config_to_dict(data.load_config("scenes", [])).items()
+         if name == "pretrain" or name not in data.TASKS}
+    )}  # fmt: skip
+    assert evaluation.differences(recorded, evaluation.computed(run)) == []
+
+
 @pytest.fixture
 def runs(tmp_path, trained):
     """write(name, seed, r1, torch) makes a finished run with R@1 r1, in tmp_path/name; and record.json of five."""
