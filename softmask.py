@@ -668,8 +668,8 @@ class PretrainModel(TaskModel):
 
         image (B, 3, S, S), normalised, distorted; input_ids, attention_mask, word_ids (B, L): of tokenize; masked_ids,
         mlm_labels (B, L): of mask_text; image_ids (B,), or None: each pair its own; alpha: weight of twin's targets.
-        clean_image (B, 3, S, S): what the twin sees, with clean text, which MLM alone masks for it; None: it sees image
-        and the student's text [ours: which of the two is the paper's way is unknown].
+        clean_image (B, 3, S, S), normalised, undistorted: the twin reads it and clean text, masked text for MLM alone;
+        None: it reads what the student reads [ours: the paper's way is unknown].
         """
         student, twin = self.encoders, self.encoders_m
         own = torch.arange(len(image), device=image.device)
