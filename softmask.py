@@ -258,8 +258,9 @@ class TextLayer(nn.Module):
             x = x[:, :1]  # (R, L, D) -> (R, 1, D)
         x = self.self_norm(x + self.dropout(self.self_attention(x, keys, values, mask)[0]))
         if keys_values is not None:
-            # Done again in backward, for 1 % of a step: copied keys and probabilities were a sixth of its memory.
-            again = torch.is_grad_enabled() and not return_probs
+            # On a CPU done again in backward, for 1 % of a step: copied keys and probabilities were a sixth of its memory.
+            # A GPU keeps no probabilities, and waits for the launches: there it cost a sixth of a step.
+            again = x.device.type == "cpu" and torch.is_grad_enabled() and not return_probs
             attend = functools.partial(torch.utils.checkpoint.checkpoint, self.attend, use_reentrant=False)
             states, probs = (attend if again else self.attend)(x, keys_values, image_index, keys_mask, return_probs)
             x = self.cross_norm(x + self.dropout(states))
