@@ -1,0 +1,76 @@
+"""Does the soft mask hide the evidence of a match? Losses of true and of false pairs under masks of several origins.
+
+    python tests/mask_study.py out/scenes/pretrain [another folder] ...
+
+Of the first 1,000 test images and captions of what the model was trained on, clean and undistorted, in batches of 100: a
+word of each caption at random, its soft mask, a hard negative text of each image from its batch, all as in training.
+Prints a Markdown table, of each kind of pair the match loss, which is that of a fair coin at 0.69, and the share that is
+told rightly, in percent. The masks: that of the word; that of the pair before in the batch; everywhere its mean.
+Where a word's own mask costs no more than another's, it hides nothing that mattered; where any mask makes matches of false
+pairs, the model has learned to look for the mask.
+"""
+
+import functools
+import os
+import sys
+
+import torch
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+import data
+import eval as evaluation
+import softmask
+
+KINDS = ("true", "true, its mask", "true, another's mask", "true, flat mask", "false", "false, the image's mask")
+
+
+def study(folder, count=1000, batch_size=100):
+    """{kind: (loss, share told rightly, %)} of a pre-training checkpoint."""
+    model, tokenizer, checkpoint = evaluation.load_for("pretrain", folder, "cpu")
+    model.eval()
+    settings = checkpoint["config"] | {"eval": checkpoint["config"]["eval"] | {"batch_size": batch_size}}
+    config = data.resolve_scenes(data.config_from_dict(settings, folder))
+    files = config.data.retrieval_sets[config.data.retrieval]
+    rows = [row | {"caption": row["caption"][0]} for row in data.read_json(files.test)[:count]]
+    tokenize = functools.partial(softmask.tokenize, tokenizer, max_tokens=config.pretrain.max_tokens)
+    encoders, generator = model.encoders, torch.Generator().manual_seed(0)
+    logits = {kind: [] for kind in KINDS}
+    for _, images, (tokens,) in evaluation.pair_batches(rows, files.image_root, tokenize, config, "cpu", ["caption"]):
+        cam = evaluation.token_attention(model, images, tokens, config)
+        nothing = torch.zeros_like(tokens["word_ids"], dtype=torch.bool)
+        mask = softmask.soft_mask(cam, softmask.pick_word(tokens["word_ids"], nothing, generator))  # (B, N)
+        with torch.no_grad():
+            image_embeds = encoders.encode_image(images)
+            text_embeds = encoders.encode_text(tokens["input_ids"], tokens["attention_mask"])
+            sim = encoders.image_feat(image_embeds) @ encoders.text_feat(text_embeds).T / model.temp
+            own = torch.arange(len(images))
+            false, _ = softmask.hard_negatives(sim, own[:, None] != own[None], generator)
+            keys_values = encoders.image_keys_values(image_embeds)
+
+            def add(kind, texts, mask=None):
+                read = keys_values if mask is None else encoders.fusion.soft_mask_keys_values(keys_values, mask)
+                fused, _ = encoders.fuse(text_embeds[texts], tokens["attention_mask"][texts], read, cls_only=True)
+                logits[kind].append(model.itm_head(fused[:, 0]).float())
+
+            add("true", own)
+            add("true, its mask", own, mask)
+            add("true, another's mask", own, mask.roll(1, 0))
+            add("true, flat mask", own, mask.mean(1, keepdim=True).expand_as(mask))
+            add("false", false)
+            add("false, the image's mask", false, mask)
+    result = {}
+    for kind, parts in logits.items():
+        scores = torch.cat(parts)
+        labels = torch.full((len(scores),), int(kind.startswith("true")))
+        right = 100 * (scores.argmax(1) == labels).float().mean().item()
+        result[kind] = softmask.itm_loss(scores, labels).item(), right
+    return result
+
+
+if __name__ == "__main__":
+    rows = []
+    with evaluation.one_line_errors():
+        for folder in sys.argv[1:] or ["out/scenes/pretrain"]:
+            cells = [f"{loss:.3f}; {right:.1f}" for loss, right in study(folder).values()]
+            rows.append([os.path.basename(os.path.normpath(folder)), *cells])
+    print(evaluation.markdown(["run", *KINDS], rows))
