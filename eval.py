@@ -11,7 +11,8 @@ Metrics, percentages from 0 to 100 unless said otherwise:
   zero_shot, reranked   retrieval by ITC alone (itc once fine-tuned), and with the top k re-ranked by ITM, under ALBEF's
                         names: txt_r1, ... images whose caption is among the first 1, 5, 10; img_r1, ... captions whose
                         image is
-  pointing              word attention against the boxes of named objects (scenes alone), see pointing_metrics
+  pointing              word attention against the boxes of named objects (scenes alone): of the words of shape, and in
+                        it of each other attribute, see pointing_metrics
   foils                 per kind, captions whose ITM score is above that of a version made false in one word; chance 50
   accuracy              VQA: the official accuracy, or matches where a question has fewer than ten answers; NLVR2,
                         entailment: right classes; accuracy_KIND: of one kind or class; majority: of the commonest class
@@ -241,27 +242,31 @@ def token_attention(model, images, tokens, config):
 
 
 def pointing_metrics(model, tokenize, rows, image_root, side, config):
-    """Word attention of each named object's shape word against the boxes of its scene. [ours]
+    """Word attention of the words that name an object's shape, colour, size against the boxes of its scene. [ours]
 
-    rows: of boxes_test.json; side: of the pictures, pixels. Returns the means of pointing() over objects, in percent,
-    objects (their number), and ratio: hit_own / hit_other.
+    rows: of boxes_test.json; side: of the pictures, pixels. Returns of the words of shape the means of pointing() over
+    objects, in percent, objects (their number), and ratio: hit_own / hit_other; and the same of other attributes, by name.
     """
-    device, grid, results = model.temp.device, model.encoders.vision.grid, []
+    device, grid, results = model.temp.device, model.encoders.vision.grid, {"shape": []}
     for batch, images, (tokens,) in pair_batches(rows, image_root, tokenize, config, device, ["caption"]):
         cam = token_attention(model, images, tokens, config).cpu()
         for row, row_cam, word_ids in zip(batch, cam, tokens["word_ids"].cpu()):
             boxes = [np.array(item["box"]) / side for item in row["objects"]]
             unnamed = [np.array(box) / side for box in row["other_boxes"]]
             for i, item in enumerate(row["objects"]):
-                pieces = word_ids == item["word_index"]
-                word_cam = row_cam[pieces].mean(0) if pieces.any() else torch.zeros(grid * grid)
-                results.append(pointing(word_cam.view(grid, grid), boxes[i], boxes[:i] + boxes[i + 1 :] + unnamed))
-    metrics = {name: 100 * float(np.mean([result[name] for result in results])) for name in results[0]}
-    metrics["ratio"] = metrics["hit_own"] / metrics["hit_other"] if metrics["hit_other"] else math.inf
-    return metrics | {"objects": len(results)}
+                for attribute, index in item["attribute_indices"].items():
+                    pieces = word_ids == index
+                    word_cam = row_cam[pieces].mean(0) if pieces.any() else torch.zeros(grid * grid)
+                    found = pointing(word_cam.view(grid, grid), boxes[i], boxes[:i] + boxes[i + 1 :] + unnamed)
+                    results.setdefault(attribute, []).append(found)
+    metrics = {}
+    for attribute, found in results.items():
+        means = {name: 100 * float(np.mean([result[name] for result in found])) for name in found[0]}
+        means["ratio"] = means["hit_own"] / means["hit_other"] if means["hit_other"] else math.inf
+        metrics |= {attribute: means | {"objects": len(found)}}
+    return metrics.pop("shape") | metrics
 
 
-@torch.no_grad()
 def foil_metrics(model, tokenize, rows, image_root, config):
     """Is the true caption's ITM score above its foil's: percent per kind, its standard error and the number. [ours]
 
@@ -600,11 +605,12 @@ def format_metrics(metrics: dict) -> str:
             lines.append(f"  {title:24}" + "".join(f"{values[name]:9.1f}" for name in names) + f"{mean:10.1f}")
     if "pointing" in metrics:
         g = metrics["pointing"]
-        lines += [
-            f"{'word attention, %':26}{'own box':>9}{'others':>9}{'ratio':>9}{'box area':>10}",
-            f"  {'largest patch':24}{g['hit_own']:9.1f}{g['hit_other']:9.1f}{g['ratio']:9.2f}{g['area_own']:10.1f}",
-            f"  {'mass':24}{g['mass_own']:9.1f}{g['mass_other']:9.1f}",
-        ]
+        lines.append(f"{'word attention, %':26}{'own box':>9}{'others':>9}{'ratio':>9}{'box area':>10}")
+        for name, value in [("shape", g), *g.items()]:
+            if isinstance(value, dict):
+                hits = f"{value['hit_own']:9.1f}{value['hit_other']:9.1f}{value['ratio']:9.2f}{value['area_own']:10.1f}"
+                lines.append(f"  {name + ', largest patch':24}{hits}")
+        lines.append(f"  {'shape, mass':24}{g['mass_own']:9.1f}{g['mass_other']:9.1f}")
     if "foils" in metrics:
         lines.append(f"{'foils told apart, %':26}" + "".join(f"{kind:>14}" for kind in metrics["foils"]))
         values = "".join(f"{v['accuracy']:8.1f} ± {v['standard_error']:3.1f}" for v in metrics["foils"].values())
@@ -901,7 +907,7 @@ def record(folders, path=RECORD):
 def check(folder, path=RECORD) -> int:
     """Print how a finished run compares with the recorded ones; 0 where it agrees with them, 1 where it does not.
 
-    On a recorded platform with a recorded seed every figure must be equal. Elsewhere the figures of headline must lie
+    On a recorded platform with a recorded seed every recorded figure must be equal. Elsewhere the figures of headline must lie
     within mean ± 3 standard deviations s of the n recorded runs, widened for so few: t s sqrt(1 + 1 / n), where t is
     STUDENT's. s is at least 0.1, one item of 1,000. [ours] InputError for a run under other settings.
     """
@@ -914,8 +920,9 @@ def check(folder, path=RECORD) -> int:
     nearest = min(range(len(runs)), key=lambda i: len(apart[i]))
     if not apart[nearest]:
         print("exact: platform and seed are recorded ones, so every figure must be equal")
-        figures = flatten(run["metrics"])
-        outside = differences(flatten(runs[nearest]["metrics"]), figures)
+        before, now = flatten(runs[nearest]["metrics"]), flatten(run["metrics"])
+        figures = {name: now.get(name) for name in before}
+        outside = differences(before, figures)
     elif len(runs) < 3:
         raise data.InputError(f"{path} has {len(runs)} runs, none of this platform and seed; a spread takes 3")
     else:

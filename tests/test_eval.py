@@ -145,7 +145,8 @@ def test_grounding_looks_at_the_pieces_of_the_shape_word(scene, monkeypatch):
     model, tokenizer, config, folder = scene
     row = json.loads((folder / "boxes_test.json").read_text())[0]
     row |= {"caption": "a small red diamond left of a large blue star", "other_boxes": []}
-    row["objects"] = [{"word_index": 3, "box": [0, 0, 8, 8]}, {"word_index": 9, "box": [24, 16, 8, 8]}]
+    row["objects"] = [{"attribute_indices": {"size": 1, "color": 2, "shape": 3}, "box": [0, 0, 8, 8]},
+                      {"attribute_indices": {"color": 8, "shape": 9}, "box": [24, 16, 8, 8]}]
     tokens = softmask.tokenize(tokenizer, [row["caption"]], config.pretrain.max_tokens)
     diamond, star = ((tokens["word_ids"][0] == index).nonzero().flatten() for index in (3, 9))
     assert len(diamond) == 2 and len(star) == 1  # "diamond" has two pieces
@@ -157,12 +158,18 @@ def test_grounding_looks_at_the_pieces_of_the_shape_word(scene, monkeypatch):
         cam[:, diamond] = cam[:, star] = 0.0
         cam[:, diamond[1], patches["diamond"]] = 0.5  # one piece alone sees it: their average still does
         cam[:, star, patches["star"]] = 2.0
+        blue = tokens["word_ids"][0] == 8
+        cam[:, blue] = 0.0
+        cam[:, blue, 2 * 4 + 3] = 1.0
         return cam
 
     monkeypatch.setattr(softmask, "word_attention", fake_attention)
     right = evaluation.pointing_metrics(model, tokenize_with(tokenizer, config), [row], folder, 32, config)
     assert (right["hit_own"], right["mass_own"], right["hit_other"], right["objects"]) == (100, 100, 0, 2)
     assert right["ratio"] == math.inf and right["area_own"] == pytest.approx(100 / 16)
+    assert (right["color"]["hit_own"], right["color"]["hit_other"], right["color"]["objects"]) == (50, 0, 2)  # red misses
+    assert (right["size"]["hit_own"], right["size"]["objects"]) == (0, 1)
+    assert right.keys() - {"color", "size"} == right["size"].keys()
     patches["diamond"], patches["star"] = patches["star"], patches["diamond"]
     wrong = evaluation.pointing_metrics(model, tokenize_with(tokenizer, config), [row] * 3, folder, 32, config)
     assert (wrong["hit_own"], wrong["mass_own"], wrong["hit_other"], wrong["ratio"]) == (0, 0, 100, 0)
@@ -296,7 +303,11 @@ def runs(tmp_path, trained):
 
 def test_check_is_exact_on_a_recorded_platform(runs, capsys):
     write, record = runs
-    assert evaluation.check(write("same", 3, 23.0, num_workers=4, checkpoint_every_steps=60), record) == 0
+    same = write("same", 3, 23.0, num_workers=4, checkpoint_every_steps=60)
+    run = json.loads((same / "metrics.json").read_text())
+    run["metrics"]["pointing"]["texture"] = {"hit_own": 1.0}  # a figure that was not recorded
+    (same / "metrics.json").write_text(json.dumps(run))
+    assert evaluation.check(same, record) == 0
     assert capsys.readouterr().out.startswith("exact: ")
     assert evaluation.check(write("other", 3, 23.0 + 1e-9), record) == 1
     lines = capsys.readouterr().out.splitlines()
