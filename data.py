@@ -1410,7 +1410,7 @@ def check(config, task):
 
 
 # The embedded scenes [ours]: pictures with captions, drawn from a seed. Any change of the output raises the version.
-SCENES_VERSION = 3
+SCENES_VERSION = 4
 DRAW_VERSION = 1  # seeds the draws; raised with SCENES_VERSION alone where scenes and captions may change, too
 LEVELS = ("plain", "rich")
 SIZES = {"small": (0.19, 0.22), "large": (0.34, 0.38)}  # least and greatest part of the picture's side
@@ -1988,7 +1988,8 @@ def write_tasks(folder, scenes, level, seed):
         vqa, nlvr2, entailment, grounding = (random.Random(f"{DRAW_VERSION} {seed} {level} {split} {task}")
                                              for task in ("vqa", "nlvr2", "entailment", "grounding"))
         content[f"vqa_{split}"] = vqa_rows(drawn, values, 1 if train else 3, ids, vqa)
-        content[f"nlvr2_{split}"] = nlvr2_rows(drawn, values, len(drawn) * (1 if train else 2), nlvr2)
+        # of two images a row: so an epoch of training has as many images as those of the other tasks
+        content[f"nlvr2_{split}"] = nlvr2_rows(drawn, values, len(drawn) // 2 if train else len(drawn) * 2, nlvr2)
         content[f"entailment_{split}"] = entailment_rows(drawn, 1 if train else 3, entailment)
         first = len(instances["images"]) + 1
         content[f"grounding_{split}"] = grounding_rows(split, drawn, refs, instances, grounding)
