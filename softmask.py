@@ -258,7 +258,7 @@ class TextLayer(nn.Module):
             x = x[:, :1]  # (R, L, D) -> (R, 1, D)
         x = self.self_norm(x + self.dropout(self.self_attention(x, keys, values, mask)[0]))
         if keys_values is not None:
-            # On a CPU done again in backward, for 1 % of a step: copied keys and probabilities were a sixth of its memory.
+            # On a CPU done again in backward, for 1 % of a step: copies and probabilities were a sixth of its memory.
             # A GPU keeps no probabilities, and waits for the launches: there it cost a sixth of a step.
             again = x.device.type == "cpu" and torch.is_grad_enabled() and not return_probs
             attend = functools.partial(torch.utils.checkpoint.checkpoint, self.attend, use_reentrant=False)
@@ -619,7 +619,8 @@ class PretrainModel(TaskModel):
     """SoftMask++ pre-training: focal ITC, ITM, soft-masked ITM and MLM on one batch of pairs. [paper] Fig. 2
 
     With soft_mask False, focal_gamma 0, mask_text_for "mlm" and no image_ids this is ALBEF.
-    soft_mask_negatives: no-match pairs with soft-masked images join the soft-masked ITM [ours].
+    soft_mask_negatives: no-match pairs with soft-masked images join the soft-masked ITM [ours]; without them it learns
+    that a masked image is a match, and no more (RESULTS.md, What the mask hides).
     attention_layer: of the word attention, from 0; None: (fusion_layers - 1) // 2, the third of six [ALBEF].
     mask_text_for: "all": masked text enters ITC, ITM and MLM [paper]; "mlm": MLM alone [ALBEF]; None: there is no MLM,
     and ITC and ITM fine-tune for retrieval and grounding [ALBEF].
