@@ -27,6 +27,15 @@ def test_hard_mask_removes_whole_patches(restored):
     assert softmask.soft_mask(cam, picked).tolist() == [[float(m > 0.5) for m in row] for row in plain.tolist()]
 
 
+def test_no_mask_repeats_the_plain_itm(restored):
+    variants.no_mask()
+    batch = make_batch()
+    batch["mlm_labels"] = torch.full_like(batch["mlm_labels"], -100)  # so that each caption has a word to pick
+    losses, stats, _ = make_model()(**batch, generator=seeded())
+    assert losses["soft_itm"].item() == pytest.approx(losses["itm"].item(), rel=1e-5) and stats["mask_mean"] == 0
+    assert stats["soft_itm_accuracy"] == stats["itm_accuracy"]
+
+
 def test_top_word_takes_the_largest_sum_among_words_that_are_free(restored):
     cam = torch.tensor([[0.0, 3.0, 5.0, 1.0, 9.0]]).expand(2, -1)[..., None]  # (B, L, N): one patch
     softmask.word_attention = lambda attention, match_logit: cam

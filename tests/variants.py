@@ -5,6 +5,7 @@
 The first word names the variant, all others are train.py's; metrics.json has it as the setting `variant`, so that
 `python eval.py table` tells the runs apart. Each variant is a few lines on top of softmask.py, which has none of them:
   hard_mask      patches with m above 0.5 are removed, all others kept whole; softmask.py: scaled by 1 - m
+  no_mask        nothing is hidden, so that the soft-masked ITM repeats the plain one: is it the mask, or ITM counted twice?
   top_word       the word whose attention has the largest sum over the image; softmask.py: one drawn at random
   focal_one_hot  the focal factor on the one-hot part of the target alone; softmask.py: on every term
 """
@@ -24,6 +25,10 @@ import train
 def hard_mask():
     soft_mask = softmask.soft_mask
     softmask.soft_mask = lambda cam, picked: (soft_mask(cam, picked) > 0.5).float()
+
+
+def no_mask():
+    softmask.soft_mask = lambda cam, picked: torch.zeros_like(cam[:, 0])
 
 
 def top_word():
@@ -57,7 +62,7 @@ def focal_one_hot():
 
 
 def main(variant, *arguments):
-    {f.__name__: f for f in (hard_mask, top_word, focal_one_hot)}[variant]()
+    {f.__name__: f for f in (hard_mask, no_mask, top_word, focal_one_hot)}[variant]()
     status = train.main(list(arguments))
     path = os.path.join(train.parse(arguments).out, "metrics.json")
     with open(path, encoding="utf-8") as file:
