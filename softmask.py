@@ -503,8 +503,8 @@ def hard_negatives(sim, allowed, generator=None):
     Returns index (B,) and valid (B,) bool; a row with nothing allowed is not valid, its index is its own number.
     """
     valid = allowed.any(1)
-    sim = sim.float().nan_to_num()  # NaN would end in a crash of multinomial; the loss shows it too
-    logits = sim.masked_fill(~allowed, -math.inf)  # before the softmax, which may round a kept column to 0
+    # NaN would crash multinomial, and shows in the loss; masked before softmax, which may round a kept column to 0
+    logits = sim.float().nan_to_num().masked_fill(~allowed, -math.inf)
     probs = torch.where(valid[:, None], logits, 0.0).softmax(1)
     index = torch.multinomial(probs, 1, generator=generator).squeeze(1)
     return torch.where(valid, index, torch.arange(len(sim), device=sim.device)), valid
@@ -963,20 +963,17 @@ def uniform(low, high, generator):
 
 def crop_box(width: int, height: int, crop_min_area: float, generator=None):
     """Draw the crop of an image of that size: left, top, width, height; crop_min_area as of augment_image. [ALBEF]"""
-    left, top, w, h = 0, 0, width, height
+    if crop_min_area == 1:
+        return 0, 0, width, height
     for _ in range(10):
-        if crop_min_area == 1:
-            break
         area = width * height * uniform(crop_min_area, 1.0, generator)
         ratio = math.exp(uniform(math.log(3 / 4), math.log(4 / 3), generator))
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < w <= width and 0 < h <= height:
-            left, top = round(uniform(0, width - w, generator)), round(uniform(0, height - h, generator))
-            break
-    else:  # no such crop fits an image this elongated: its centre
-        w, h = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
-        left, top = (width - w) // 2, (height - h) // 2
-    return left, top, w, h
+            return round(uniform(0, width - w, generator)), round(uniform(0, height - h, generator)), w, h
+    # no such crop fits an image this elongated: its centre
+    w, h = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
+    return (width - w) // 2, (height - h) // 2, w, h
 
 
 def augment_image(image, size: int, crop_min_area: float, flip: bool, randaugment_ops: int, generator=None, box=None):
@@ -1109,9 +1106,8 @@ NOT_OURS = re.compile(
 )
 """What those checkpoints hold and we expect to leave: constants, tied copies, heads of other tasks, queues."""
 
-TASK_PARTS = ("temp", "itm_head", "ta_head") + tuple(
-    f"encoders.{name}" for name in ("cls_head", "decoder", "mlm_head", "image_proj", "text_proj")
-)
+TASK_PARTS = ("temp", "itm_head", "ta_head", "encoders.cls_head", "encoders.decoder", "encoders.mlm_head",
+              "encoders.image_proj", "encoders.text_proj")  # fmt: skip
 """What the model of one task has and that of another may lack."""
 
 
@@ -1356,11 +1352,10 @@ class Pretrained:
             logits, attention, tokens = self.match_pass(image, text, layer)
             cam = word_attention(attention, logits[:, 1])[0]  # (L, N)
         pieces = self.tokenizer.convert_ids_to_tokens(tokens["input_ids"][0].tolist())
-        word_ids, words, maps = tokens["word_ids"][0], [], []
-        for word in range(int(word_ids.max()) + 1):
-            own = (word_ids == word).nonzero().flatten().tolist()  # the pieces of the word
-            words.append("".join(pieces[i].removeprefix("##") for i in own))
-            maps.append(cam[own].mean(0))
+        word_ids = tokens["word_ids"][0]
+        own = [(word_ids == word).nonzero().flatten().tolist() for word in range(int(word_ids.max()) + 1)]  # its pieces
+        words = ["".join(pieces[i].removeprefix("##") for i in word) for word in own]
+        maps = [cam[word].mean(0) for word in own]
         grid = self.encoders.vision.grid
         return words, torch.stack(maps).unflatten(1, (grid, grid)) if maps else cam.new_zeros(0, grid, grid)
 
