@@ -224,7 +224,7 @@ def test_killed_and_resumed(task, lines, runs, tmp_path):
     assert result.status == 0 and "goes on from step" in result.out, result.err
     assert_same_run(tmp_path, runs.out / task)
     if task == "retrieval":
-        assert load(tmp_path)["model"]["queue_written"] == 12 * 16
+        assert load(tmp_path)["model"]["queue_written"] == 12 * 8
 
 
 # Two processes
