@@ -283,7 +283,7 @@ class Run:
     def __init__(self, out, config, settings, task_name, task, steps_per_epoch, digest, tokenizer, validate, watch):
         """settings: config as a dict, as it was before the scenes' folder went in: what the checkpoint holds.
 
-        digest: of the annotation files. validate: after each epoch it takes the model and returns metrics, {} where
+        digest: of the annotation files, if any is read. validate: after each epoch it takes the model and returns metrics, {} where
         there is nothing to evaluate on. watch: takes the model and the step, every eval_every_steps, and returns fields
         for the log; None: never.
         """
@@ -649,22 +649,23 @@ def run_task(task_name, config, settings, out, fresh):
     task, device = data.task_settings(config, task_name), evaluation.resolve_device(config)
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, image_size=task.image_size))
     tokenizer = softmask.load_tokenizer(config.data.tokenizer)
-    dataset = data.training_set(config, task_name)
     as_dict = data.config_to_dict(config)
-    method = as_dict["method"]
-    method["queue_size"] = min(method["queue_size"], len(dataset) // 4)  # a longer one holds an image too many times
+    method, world = as_dict["method"], evaluation.world_size()
+    blocks = task.batch_size, world, evaluation.rank(), task.accumulation, config.seed
+    digest, steps_per_epoch = None, 1
+    if task.epochs:  # 0: the start is evaluated, no training file is needed
+        dataset = data.training_set(config, task_name)
+        digest, steps_per_epoch = dataset.records.digest, data.ShuffledBatches(len(dataset), *blocks, 0).steps_per_epoch
+        method["queue_size"] = min(method["queue_size"], len(dataset) // 4)  # a longer one holds an image too many times
 
     torch.manual_seed(data.hash63("weights", config.seed))
     model = softmask.build_model(task_name, len(tokenizer), as_dict["model"], method)
-    world = evaluation.world_size()
-    blocks = task.batch_size, world, evaluation.rank(), task.accumulation, config.seed
-    steps_per_epoch = data.ShuffledBatches(len(dataset), *blocks, 0).steps_per_epoch
 
     def evaluate(split, model):
         with_figures = task_name not in ("pretrain", "nlvr2_pretrain")
         return evaluation.evaluate(task_name, model, tokenizer, config, split, out) if with_figures else {}
 
-    digest, validate, watch = dataset.records.digest, functools.partial(evaluate, "val"), None
+    validate, watch = functools.partial(evaluate, "val"), None
     if task_name == "pretrain" and config.eval_every_steps:
         watch = evaluation.watch_pretraining(tokenizer, config, out)
     run = Run(out, config, settings, task_name, task, steps_per_epoch, digest, tokenizer, validate, watch)

@@ -143,8 +143,8 @@ def test_task_says_what_it_starts_from(task, line, runs):
 
 
 def test_start_is_a_task_a_file_a_folder_or_nothing(runs, tmp_path):
-    """With epochs=0 the start itself is evaluated, and is the checkpoint."""
-    start, settings = runs.out / "pretrain", [*runs.arguments, "vqa.epochs=0", "data.vqa.val=null"]
+    """With epochs=0 the start itself is evaluated, and is the checkpoint; no training file is needed."""
+    start, settings = runs.out / "pretrain", [*runs.arguments, "vqa.epochs=0", "data.vqa={train: [no.json], val: null}"]
     for name, more in (("task", []), ("file", ["--start", start / "checkpoint.pt"]), ("folder", ["--start", start]),
                        ("nothing", ["vqa.start=null"])):  # fmt: skip
         result = run(tmp_path, "train.py", "vqa", "--out", tmp_path / name, *settings, *more, cwd=runs.folder)

@@ -86,7 +86,8 @@ def test_loss_falls_and_files_are_whole(trained):
 
 def test_masks_are_drawn_of_files_without_boxes_too(tmp_path):
     """Of the user's own: a row of the sheet is as wide as its caption has words."""
-    arguments = [*TINY, "pretrain.epochs=0", "data.grounding_boxes=null", "data.foils=null", "eval.pictures=2"]
+    arguments = [*TINY, "pretrain.epochs=0", "data.pretrain_files=[no.json]", "data.grounding_boxes=null",
+                 "data.foils=null", "eval.pictures=2"]
     assert run(tmp_path, "train.py", "--out", tmp_path, *arguments).status == 0
     assert json.loads((tmp_path / "metrics.json").read_text())["metrics"].keys() == {"zero_shot", "reranked"}
     config = data.resolve_scenes(data.load_config("scenes", TINY)).data
