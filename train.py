@@ -283,9 +283,9 @@ class Run:
     def __init__(self, out, config, settings, task_name, task, steps_per_epoch, digest, tokenizer, validate, watch):
         """settings: config as a dict, as it was before the scenes' folder went in: what the checkpoint holds.
 
-        digest: of the annotation files, if any is read. validate: after each epoch it takes the model and returns metrics, {} where
-        there is nothing to evaluate on. watch: takes the model and the step, every eval_every_steps, and returns fields
-        for the log; None: never.
+        digest: of the annotation files, if any is read. validate: after each epoch it takes the model and returns metrics,
+        {} where there is nothing to evaluate on. watch: takes the model and the step, every eval_every_steps, and returns
+        fields for the log; None: never.
         """
         self.out, self.config, self.settings, self.task_name = out, config, settings, task_name
         self.validate, self.watch, self.digest = validate, watch, digest
