@@ -1358,9 +1358,10 @@ def check(config, task):
     """
     data, found = config.data, True
     evaluated = "retrieval" if task == "pretrain" else task
-    evaluation = task_files(config, evaluated)
-    listed = [(path, task, task_files(config, task), task) for path in training_files(config, task)]
-    listed += [(path, evaluated, evaluation, evaluation_layout(evaluated))
+    evaluation, max_tokens = task_files(config, evaluated), task_settings(config, task).max_tokens
+    at_evaluation = max_tokens if evaluated == "retrieval" else config.model.max_positions  # as eval.evaluate cuts
+    listed = [(path, task, task_files(config, task), task, max_tokens) for path in training_files(config, task)]
+    listed += [(path, evaluated, evaluation, evaluation_layout(evaluated), at_evaluation)
                for path in (evaluation.val, evaluation.test) if path is not None]
     settings = {"model.vision_weights": config.model.vision_weights, "model.text_weights": config.model.text_weights,
                 "data.grounding_boxes": data.grounding_boxes, "data.foils": data.foils}
@@ -1368,8 +1369,8 @@ def check(config, task):
         if path is not None and not os.path.exists(path):
             print(f"{key}: {path} is missing")
             found = False
-    tokenizer, max_tokens = softmask.load_tokenizer(data.tokenizer), task_settings(config, task).max_tokens
-    for path, kind, files, layout in listed:
+    tokenizer = softmask.load_tokenizer(data.tokenizer)
+    for path, kind, files, layout, max_tokens in listed:
         try:
             records = Records([path], layout)
             looked_at = (records[index] for index in range(min(len(records), MAX_CHECKED_IMAGES)))
@@ -1379,6 +1380,8 @@ def check(config, task):
             rows = load_grounding(path, config) if layout == "grounding_eval" else None
             if layout == "vqa_eval":
                 load_vqa(path, config)
+            if layout == "retrieval_eval":
+                load_retrieval(path, files.image_root, data.max_words)
         except InputError as error:
             print(error)
             found = False

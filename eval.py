@@ -437,7 +437,7 @@ def task_batches(rows, tokenize, config, device):
     mine = list(range(rank(), len(rows), world_size()))
     paths = [row.get("images", [row.get("image")]) for row in rows]
     many = len(paths[0])
-    flat, wanted = sum(paths, []), [many * i + j for i in mine for j in range(many)]
+    flat, wanted = [*itertools.chain(*paths)], [many * i + j for i in mine for j in range(many)]
     with autocast(config, device):
         for numbers, image in image_batches(flat, wanted, config, device, many):
             indices = [number // many for number in numbers[::many]]
@@ -543,7 +543,7 @@ def score(task, metrics) -> float:
 def evaluate_pretrained(model, tokenizer, config, out, split="test"):
     """All figures of a pre-trained model, and a sheet of soft masks, out/masks.png, of the first images and captions.
 
-    Process 0 alone measures pointing and foils, and draws; all processes share the retrieval.
+    Process 0 alone measures pointing and foils, whose files are of test, and draws; all processes share the retrieval.
     """
     model.eval()
     settings = config.data.retrieval_sets[config.data.retrieval]
@@ -558,7 +558,7 @@ def evaluate_pretrained(model, tokenizer, config, out, split="test"):
     if rank() > 0:
         return metrics
     has_attention = len(model.encoders.fusion.layers) > 1  # the last fusion layer has none, so an only one has none either
-    if config.data.grounding_boxes is not None and has_attention:
+    if config.data.grounding_boxes is not None and has_attention and split == "test":
         rows = data.read_json(config.data.grounding_boxes)
         side = config.data.scenes.image_size
         metrics["pointing"] = pointing_metrics(model, tokenize, rows, settings.image_root, side, config)
@@ -567,7 +567,7 @@ def evaluate_pretrained(model, tokenizer, config, out, split="test"):
         firsts = np.unique(image_of_text, return_index=True)[1][: config.eval.pictures]  # the first caption of an image
         api = softmask.Pretrained(model, tokenizer, max_tokens, config.data.max_words)
         draw_masks(api, [(paths[image_of_text[t]], captions[t]) for t in firsts], os.path.join(out, "masks.png"))
-    if config.data.foils is not None:
+    if config.data.foils is not None and split == "test":
         rows = data.read_json(config.data.foils)
         metrics["foils"] = foil_metrics(model, tokenize, rows, settings.image_root, config)
     return metrics
@@ -577,6 +577,8 @@ def watch_pretraining(tokenizer, config, out):
     """A function of a model and its step: it returns R@1 by ITC on val, {txt_r1, img_r1}, and draws out/masks_STEP.png,
     the soft masks of val's first caption. Random numbers of training are left as they are."""
     settings = config.data.retrieval_sets[config.data.retrieval]
+    if settings.val is None:
+        raise data.InputError(f"eval_every_steps: data.retrieval_sets.{config.data.retrieval}.val is null; name a file")
     paths, captions, image_of_text = data.load_retrieval(settings.val, settings.image_root, config.data.max_words)
     max_tokens = config.pretrain.max_tokens
     tokenize = functools.partial(softmask.tokenize, tokenizer, max_tokens=max_tokens)
@@ -688,6 +690,7 @@ def draw_curves(logs, names, path, width=900, height=330):
         left, right, top, bottom = left + 100, right - 40, 70, 2 * height - 150
         curves = [(i, run, [(line["pairs"], line[name]) for line in log if name in line])
                   for i, name in enumerate(shown) for run, log in enumerate(logs)]  # fmt: skip
+        curves = [curve for curve in curves if curve[2]]
         xs, ys = zip(*(point for *_, points in curves for point in points))
         logarithmic = title.startswith("loss")  # the parts differ tenfold
         low, high = max(min(ys), 1e-4) if logarithmic else 0, max(*ys, 1e-3)
@@ -707,8 +710,8 @@ def draw_curves(logs, names, path, width=900, height=330):
         pen.text((left, 18), title, "black", font)
         for i, run, points in reversed(curves):
             color = tuple(round(255 - (255 - part) * (1 - 0.65 * run / len(logs))) for part in colors[i % 4])
-            parts = np.array_split(points, min(len(points), 200) or 1)  # more would be a band, not a line
-            points = [place(*np.mean(part, axis=0)) for part in parts if len(part)]
+            parts = np.array_split(points, min(len(points), 200))  # more would be a band, not a line
+            points = [place(*np.mean(part, axis=0)) for part in parts]
             pen.line(points, color, 5, "curve")
             for x, y in points if len(points) < 40 and not logarithmic else []:
                 pen.ellipse([x - 6, y - 6, x + 6, y + 6], color)
@@ -765,8 +768,8 @@ def flatten(settings: dict, prefix: str = "") -> dict:
 
 
 def headline(metrics: dict) -> dict[str, float]:
-    """The figures a table shows, of the metrics of a run; where there are splits, those on test."""
-    metrics = metrics.get("test") or metrics
+    """The figures a table shows, of the metrics of a run; where there are splits, those on test, else on val."""
+    metrics = metrics.get("test") or metrics.get("val") or metrics
     found = {}
     for name, kind in (("R@1 by ITC", "zero_shot"), ("R@1 by ITC", "itc"), ("R@1 re-ranked", "reranked")):
         if kind in metrics:

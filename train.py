@@ -36,6 +36,7 @@ A line of log.jsonl, means over the steps since the line before and over all pro
 import argparse
 import contextlib
 import dataclasses
+import fcntl
 import functools
 import itertools
 import json
@@ -221,7 +222,7 @@ class Signals:
 
     def __init__(self):
         self.caught, self.caught_at = 0, 0.0  # the first one's number and time
-        self.at_once, self.place = True, ""
+        self.at_once, self.place, self.command = True, "", "the same command"
 
     def __enter__(self):
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -268,7 +269,7 @@ class Signals:
             if evaluation.rank() == 0:
                 name = signal.Signals(self.caught).name
                 there = " from there" if self.place else ""
-                print(f"stopped by {name}{self.place}; the same command goes on{there}", file=sys.stderr)
+                print(f"stopped by {name}{self.place}; {self.command} goes on{there}", file=sys.stderr)
             for worker in multiprocessing.active_children():
                 worker.kill()  # they hold the connections of this process, whose end the others have to see
             sys.exit(128 + self.caught)
@@ -288,7 +289,7 @@ class Run:
         fields for the log; None: never.
         """
         self.out, self.config, self.settings, self.task_name = out, config, settings, task_name
-        self.validate, self.watch, self.digest = validate, watch, digest
+        self.validate, self.watch, self.digest, self.commit = validate, watch, digest, git_commit()
         self.best, self.validated = None, 0  # {epoch, score, metrics} of the best epoch on val; epochs evaluated on it
         self.steps_per_epoch = steps_per_epoch
         self.total_steps = task.epochs * steps_per_epoch
@@ -540,7 +541,7 @@ class Run:
                 "digest": self.digest,
                 "vocab": self.vocab,
                 "versions": {"torch": str(torch.__version__), "transformers": transformers.__version__},
-                "commit": git_commit(),
+                "commit": self.commit,
             }
             path = self.checkpoint_file if optimizer else self.best_file
             data.write_atomically(path, lambda file: torch.save(checkpoint, file))
@@ -656,7 +657,7 @@ def run_task(task_name, config, settings, out, fresh):
     if task.epochs:  # 0: the start is evaluated, no training file is needed
         dataset = data.training_set(config, task_name)
         digest, steps_per_epoch = dataset.records.digest, data.ShuffledBatches(len(dataset), *blocks, 0).steps_per_epoch
-        method["queue_size"] = min(method["queue_size"], len(dataset) // 4)  # a longer one holds an image too many times
+        method["queue_size"] = min(method["queue_size"], len(dataset) // 4)  # a longer one holds a pair too many times
 
     torch.manual_seed(data.hash63("weights", config.seed))
     model = softmask.build_model(task_name, len(tokenizer), as_dict["model"], method)
@@ -708,13 +709,11 @@ def locked(out):
         if evaluation.rank() == 0:
             file = stack.enter_context(open(os.path.join(out, ".lock"), "w"))
             try:
-                import fcntl  # not on Windows, where runs are not kept apart
-
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # flock's would live on in loader workers after a kill
-            except ImportError:
-                pass
-            except OSError:
+            except (BlockingIOError, PermissionError):
                 raise data.InputError(f"another run is at work in {out}; give --out another folder") from None
+            except OSError as error:
+                print(f"{out}: its file system has no locks ({error}), so a second run would not be noticed", file=sys.stderr)
         yield
 
 
@@ -753,6 +752,7 @@ def main(arguments):
     os.makedirs(options.out, exist_ok=True)
     with locked(options.out):
         fresh = options.fresh and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"  # torchrun's restarts go on
+        signals.command += " without --fresh" * fresh
         if evaluation.world_size() > 1:
             dist.barrier()
         settings = data.config_to_dict(options.config)

@@ -976,6 +976,10 @@ def test_check_counts_what_is_missing_and_cut(pairs, tmp_path, tokenizer, capsys
     assert "of 24 captions 0 are empty, 100.0% cut at 3 words, 0.0% cut at 5 tokens" in out
     assert not data.check(config, "retrieval")  # its rows need an image_id
     assert f"{pretrain}: record 0 (from 0): key 'image_id' is missing" in capsys.readouterr().out
+    write_json(tmp_path / "e.json", [rows[0], rows[1] | {"caption": []}])
+    assert not data.check(config, "pretrain")
+    assert f"{evaluation}: record 1 (from 0): no caption" in capsys.readouterr().out
+    write_json(tmp_path / "e.json", rows[:2])
 
     rows[0]["image"], rows[1]["caption"] = "none.png", ["a", "..."]
     shards = dataclasses.replace(files, pretrain_files=[write_shard(tmp_path / "0.tar", SAMPLES)], max_words=30)
@@ -1224,7 +1228,7 @@ def test_check_of_the_other_tasks(pairs, tmp_path, tokenizer, capsys):
     out = capsys.readouterr().out
     assert "12 records; 0 of 12 images missing" in out and "4 records; 0 of 4 images missing" in out
     assert "of 12 questions 0 are empty, 0.0% cut at 30 words, 100.0% cut at 3 tokens" in out
-    assert "of 4 questions 0 are empty, 0.0% cut at 50 words" in out
+    assert f"of 4 questions 0 are empty, 0.0% cut at 50 words, 0.0% cut at {config.model.max_positions} tokens" in out
     assert out.count("of 24 answers 50.0% are in ") == 1  # 3 of 4 answers, then none of 2, four times
     assert data.check(config, "nlvr2")
     assert "of 12 sentences 0 are empty" in capsys.readouterr().out

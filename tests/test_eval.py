@@ -361,10 +361,23 @@ def test_recorded_figures_are_of_the_present_settings(tmp_path):
 # Curves
 
 
+def test_curve_of_runs_with_other_fields(tmp_path):
+    runs = {"a": {"loss_itc": 2.0, "loss_soft_itm": 0.6}, "b": {"loss_itc": 1.0, "txt_r1": 3.0, "img_r1": 4.0}}
+    for name, fields in runs.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "log.jsonl").write_text(
+            "".join(json.dumps({"step": step, "pairs": 32 * step} | fields) + "\n" for step in (1, 2))
+        )
+    evaluation.curve([str(tmp_path / name) for name in runs])
+    with Image.open(tmp_path / "a" / "curve.png") as picture:
+        assert len(picture.convert("RGB").getcolors(2**20)) > 8
+
+
 def test_curve_of_a_run(trained, tmp_path):
     log = commands.read_log(trained.out)
     assert [line["step"] for line in log if "txt_r1" in line] == [60, 120]
     result = run(tmp_path, "eval.py", "pretrain", "--checkpoint", trained.out, "--split", "val", *trained.arguments)
+    assert "word attention" not in result.out and "foils" not in result.out  # whose files are of test
     by_itc = result.out.splitlines()[1].split()  # by ITC, then txt_r1 to img_r10
     assert [by_itc[2], by_itc[5]] == [f"{log[-1][name]:.1f}" for name in ("txt_r1", "img_r1")]
     result = run(tmp_path, "eval.py", "curve", trained.out)

@@ -259,6 +259,12 @@ def test_table_takes_settings_that_change_together_as_one(tmp_path, capsys):
     assert lines[-1].startswith("| method.focal_gamma | 2.0 | 0.0 | 1 | -1.0 | ")
 
 
+def test_table_takes_val_where_there_is_no_test():
+    val = {"accuracy": 50.0, "items": 4}
+    assert evaluation.headline({"val": val, "best_epoch": 2, "test": {}}) == {"accuracy": 50.0}
+    assert evaluation.headline({"val": val, "best_epoch": 2, "test": {"accuracy": 40.0}}) == {"accuracy": 40.0}
+
+
 def test_table_refuses_what_is_no_run(tmp_path):
     with pytest.raises(data.InputError, match="no metrics.json in"):
         evaluation.main(["table", str(tmp_path)])

@@ -1,5 +1,6 @@
 """train.py by its command line: several processes, kill and resume, bad input, the paper's scale."""
 import dataclasses
+import errno
 import json
 import math
 import os
@@ -361,16 +362,16 @@ def stopped_lines(result):
 def test_signal_ends_the_step_and_the_run_goes_on_to_the_same_bits(number, processes, workers, tmp_path):
     """Of two processes the signal goes to one alone. The checkpoint lies between two lines of the log."""
     whole, out, size = tmp_path / "whole", tmp_path / "out", f"pretrain.batch_size={8 // processes}"
-    arguments = [*LONG, size, f"num_workers={workers}"]
+    arguments, fresh = [*LONG, size, f"num_workers={workers}"], ["--fresh"] * (number == signal.SIGINT)
     assert run(tmp_path, "train.py", "--out", whole, *arguments, processes=processes).status in (0, [0, 0])
-    command = Command(tmp_path, "train.py", "--out", out, *arguments, processes=processes)
+    command = Command(tmp_path, "train.py", "--out", out, *arguments, *fresh, processes=processes)
     while not read_log(out):
         assert command.processes[0].is_alive(), command.result()
     stop(command, number)
     result = command.wait(20)
     assert result.status in (128 + number, [128 + number] * 2), result.err
     step = load(out)["step"]
-    place = f"at step {step} of 24; the same command goes on from there"
+    place = f"at step {step} of 24; the same command{' without --fresh' if fresh else ''} goes on from there"
     assert stopped_lines(result) == [f"stopped by {signal.Signals(number).name} {place}"] and step < 24
     result = run(tmp_path, "train.py", "--out", out, *arguments, processes=processes)
     assert result.status in (0, [0, 0]) and f"goes on from step {step} of 24" in result.out, result.err
@@ -538,6 +539,15 @@ def test_second_run_in_a_folder_is_refused(tmp_path):
     assert read_log(tmp_path)  # --fresh took nothing away
 
 
+def test_a_file_system_without_locks(tmp_path, monkeypatch, capsys):
+    def lockf(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.lockf", lockf)
+    with train.locked(tmp_path):
+        assert f"{tmp_path}: its file system has no locks" in capsys.readouterr().err
+
+
 # Bad input
 
 
@@ -546,6 +556,7 @@ def test_second_run_in_a_folder_is_refused(tmp_path):
     (["pretrain.batch_size=many"], "pretrain.batch_size: wanted int, got 'many'"),
     (["log_every_steps=3", "eval_every_steps=4"], "eval_every_steps (4) must be a multiple of log_every_steps (3)"),
     (["eval_every_steps=1", "data.retrieval_sets.scenes.val=none.json"], "none.json: cannot be read"),
+    (["eval_every_steps=1", "data.retrieval_sets.scenes.val=null"], "data.retrieval_sets.scenes.val is null"),
     (["pretrain.batch_size=500"], "96 records are fewer than the 500 of one step"),
     (["pretrain", "retrieve"], "task 'pretrain retrieve' is none of pretrain"),
     (["dream"], "task 'dream' is none of pretrain"),
