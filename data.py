@@ -167,6 +167,7 @@ class DataConfig:
     max_words: int
     scenes: ScenesConfig | None
     pretrain_files: list[str]
+    nlvr2_pretrain_files: list[str] | None
     pretrain_image_root: str
     decode_reduced: bool
     retrieval: str
@@ -455,7 +456,8 @@ def task_files(config, task):
     """The Files of a task."""
     data = config.data
     if task in ("pretrain", "nlvr2_pretrain"):
-        return Files(data.pretrain_image_root, data.pretrain_files, None, None)
+        own = data.nlvr2_pretrain_files if task == "nlvr2_pretrain" else None
+        return Files(data.pretrain_image_root, data.pretrain_files if own is None else own, None, None)
     return data.retrieval_sets[data.retrieval] if task == "retrieval" else getattr(data, task)
 
 
@@ -1413,7 +1415,7 @@ def check(config, task):
 
 
 # The embedded scenes [ours]: pictures with captions, drawn from a seed. Any change of the output raises the version.
-SCENES_VERSION = 5
+SCENES_VERSION = 6
 DRAW_VERSION = 1  # seeds the draws; raised with SCENES_VERSION alone where scenes and captions may change, too
 LEVELS = ("plain", "rich")
 SIZES = {"small": (0.19, 0.22), "large": (0.34, 0.38)}  # least and greatest part of the picture's side
@@ -1992,7 +1994,7 @@ def write_tasks(folder, scenes, level, seed):
         vqa, nlvr2, entailment, grounding = (random.Random(f"{DRAW_VERSION} {seed} {level} {split} {task}")
                                              for task in ("vqa", "nlvr2", "entailment", "grounding"))
         content[f"vqa_{split}"] = vqa_rows(drawn, values, 1 if train else 3, ids, vqa)
-        content[f"nlvr2_{split}"] = nlvr2_rows(drawn, values, len(drawn) * (1 if train else 2), nlvr2)
+        content[f"nlvr2_{split}"] = nlvr2_rows(drawn, values, len(drawn) // 2 if train else len(drawn) * 2, nlvr2)
         content[f"entailment_{split}"] = entailment_rows(drawn, 1 if train else 3, entailment)
         first = len(instances["images"]) + 1
         content[f"grounding_{split}"] = grounding_rows(split, drawn, refs, instances, grounding)

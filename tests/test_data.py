@@ -907,7 +907,7 @@ def test_training_set_reads_the_files_of_its_task_and_makes_its_batches(pairs, t
             (tmp_path / f"{number}.png").rename(tmp_path / f"{number}.jpg")
     files = [write_json(tmp_path / "1.json", task_rows(rows, task)[:5]),
              write_json(tmp_path / "2.json", task_rows(rows, task)[5:])]
-    key = {"pretrain": "pretrain_files", "nlvr2_pretrain": "pretrain_files", "retrieval": "retrieval_sets.scenes.train"}
+    key = {"retrieval": "retrieval_sets.scenes.train"} | {name: f"{name}_files" for name in ("pretrain", "nlvr2_pretrain")}
     settings = data.config_to_dict(config)
     section = settings["data"]
     *parts, last = key.get(task, f"{task}.train").split(".")

@@ -361,7 +361,7 @@ def judged(sentence, left, right):
 def test_nlvr2_is_decided_by_both_images_together(rendered):
     level, folder = rendered
     for split, scenes, rows in task_rows(folder, "nlvr2"):
-        assert len(rows) == {"train": 60, "val": 160, "test": 160}[split]  # once or twice the scenes, in groups of four
+        assert len(rows) == {"train": 28, "val": 160, "test": 160}[split]  # half or twice the scenes, in groups of four
         balance = collections.Counter()
         for row in rows:
             assert type(row["label"]) is (str if split == "train" else bool)

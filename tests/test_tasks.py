@@ -277,7 +277,8 @@ def test_two_processes_have_the_gradients_of_two_micro_batches(task, runs, tmp_p
     """Three steps of 8 records under DistributedDataParallel, which waits for ever where a parameter is unused."""
     folder, spy = commands.scenes_folder(), tmp_path / "spy.py"
     spy.write_text(SPY)
-    key = {"retrieval": "data.retrieval_sets.scenes", "nlvr2_pretrain": "data.pretrain_files"}.get(task, f"data.{task}")
+    keys = {"retrieval": "data.retrieval_sets.scenes", "nlvr2_pretrain": "data.nlvr2_pretrain_files"}
+    key = keys.get(task, f"data.{task}")
     name = "pretrain.json" if task == "nlvr2_pretrain" else f"{task}_train.json"
     (tmp_path / name).write_text(json.dumps(json.loads((folder / name).read_text())[:24]))
     settings = [f"{key}=[{tmp_path / name}]"]
