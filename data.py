@@ -452,6 +452,12 @@ def task_settings(config, task):
     return dataclasses.replace(settings, image_size=size)
 
 
+def evaluation_max_tokens(config, task):
+    """The tokens at which texts are cut in evaluation: ALBEF cuts captions alone. [ALBEF]"""
+    cut = task in ("pretrain", "retrieval")
+    return getattr(config, task).max_tokens if cut else config.model.max_positions
+
+
 def task_files(config, task):
     """The Files of a task."""
     data = config.data
@@ -1361,9 +1367,8 @@ def check(config, task):
     data, found = config.data, True
     evaluated = "retrieval" if task == "pretrain" else task
     evaluation, max_tokens = task_files(config, evaluated), task_settings(config, task).max_tokens
-    at_evaluation = max_tokens if evaluated == "retrieval" else config.model.max_positions  # as eval.evaluate cuts
     listed = [(path, task, task_files(config, task), task, max_tokens) for path in training_files(config, task)]
-    listed += [(path, evaluated, evaluation, evaluation_layout(evaluated), at_evaluation)
+    listed += [(path, evaluated, evaluation, evaluation_layout(evaluated), evaluation_max_tokens(config, task))
                for path in (evaluation.val, evaluation.test) if path is not None]
     settings = {"model.vision_weights": config.model.vision_weights, "model.text_weights": config.model.text_weights,
                 "data.grounding_boxes": data.grounding_boxes, "data.foils": data.foils}
@@ -1983,6 +1988,11 @@ def grounding_rows(split, scenes, refs, instances, rng):
     return rows
 
 
+def for_fine_tuning(rows):
+    """The first half of the training scenes, or of their rows: a task takes two to three minutes on two cores."""
+    return rows[: len(rows) // 2]
+
+
 def write_tasks(folder, scenes, level, seed):
     """Write the files of the downstream tasks; scenes: {split: what write_split returned}."""
     values = {name: words for name, words in VALUES.items() if name != "texture" or level == "rich"}
@@ -1990,7 +2000,7 @@ def write_tasks(folder, scenes, level, seed):
     ids = itertools.count()
     for split, drawn in scenes.items():
         train = split == "train"
-        drawn = drawn[: len(drawn) // 2] if train else drawn  # each task's epoch takes two to three minutes
+        drawn = for_fine_tuning(drawn) if train else drawn
         vqa, nlvr2, entailment, grounding = (random.Random(f"{DRAW_VERSION} {seed} {level} {split} {task}")
                                              for task in ("vqa", "nlvr2", "entailment", "grounding"))
         content[f"vqa_{split}"] = vqa_rows(drawn, values, 1 if train else 3, ids, vqa)
@@ -2054,8 +2064,7 @@ def write_split(folder, split, drawn):
     texts = [[say(claim)[0] for claim in claims] for _, claims, _ in drawn]
     if split == "train":
         rows["pretrain"] = [{"image": image, "caption": said} for image, said in zip(images, texts)]
-        half = rows["pretrain"][: len(drawn) // 2]  # as write_tasks
-        rows["retrieval"] = [row | {"image_id": number} for number, row in enumerate(half)]
+        rows["retrieval"] = [row | {"image_id": i} for i, row in enumerate(for_fine_tuning(rows["pretrain"]))]
     else:
         rows["retrieval"] = [{"image": image, "caption": said[:1]} for image, said in zip(images, texts)]
         rows["boxes"] = [named_boxes(image, claims[0], scene) for image, (scene, claims, _) in zip(images, drawn)]

@@ -512,8 +512,7 @@ def evaluate(task, model, tokenizer, config, split, out):
     file = getattr(files, split)
     if file is None:
         return {}
-    # ALBEF cuts captions alone in evaluation
-    max_tokens = config.retrieval.max_tokens if task == "retrieval" else config.model.max_positions
+    max_tokens = data.evaluation_max_tokens(config, task)
     tokenize = functools.partial(softmask.tokenize, tokenizer, max_tokens=max_tokens)
     if task == "retrieval":
         return retrieval(model, tokenize, file, files.image_root, config)
@@ -551,7 +550,7 @@ def evaluate_pretrained(model, tokenizer, config, out, split="test"):
     if file is None or not os.path.isfile(file):
         print(f"no evaluation: data.retrieval_sets.{config.data.retrieval}.{split}: {file} is missing", file=sys.stderr)
         return {}
-    max_tokens = config.pretrain.max_tokens
+    max_tokens = data.evaluation_max_tokens(config, "pretrain")
     tokenize = functools.partial(softmask.tokenize, tokenizer, max_tokens=max_tokens)
     found = retrieval(model, tokenize, file, settings.image_root, config)
     metrics = {"zero_shot": found["itc"], "reranked": found["reranked"]}
@@ -580,7 +579,7 @@ def watch_pretraining(tokenizer, config, out):
     if settings.val is None:
         raise data.InputError(f"eval_every_steps: data.retrieval_sets.{config.data.retrieval}.val is null; name a file")
     paths, captions, image_of_text = data.load_retrieval(settings.val, settings.image_root, config.data.max_words)
-    max_tokens = config.pretrain.max_tokens
+    max_tokens = data.evaluation_max_tokens(config, "pretrain")
     tokenize = functools.partial(softmask.tokenize, tokenizer, max_tokens=max_tokens)
 
     def watch(model, step):
