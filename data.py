@@ -198,6 +198,7 @@ class TaskConfig:
     min_lr: float
     temp_lr: float
     vision_lr: float | None
+    muon_lr: float | None
     weight_decay: float
     clip_norm: float
 

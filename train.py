@@ -77,8 +77,9 @@ def lr_at(step: int, total_steps: int, task) -> float:
 
 
 def parameter_groups(model, task) -> list[dict]:
-    """Groups for AdamW: biases, norms, position and [CLS] embeddings are spared weight decay; the image encoder and the
-    temperature have learning rates of their own, lr_scale times the schedule's.
+    """Groups for Optimizer: biases, norms, position and [CLS] embeddings are spared weight decay; the image encoder, the
+    temperature and, if task.muon_lr is not None, the layers' weight matrices have learning rates of their own, lr_scale
+    times the schedule's.
 
     [ours]: ALBEF has one learning rate, and decays temperature, position and [CLS] embeddings too.
     """
@@ -88,11 +89,55 @@ def parameter_groups(model, task) -> list[dict]:
         if parameter.requires_grad:
             spare = parameter.ndim < 2 or name.endswith(("pos_embed", "cls_token", "position.weight"))
             part = "temp" if name == "temp" else "vision" if name.startswith("encoders.vision.") else "others"
-            groups.setdefault((part, 0.0 if spare else task.weight_decay), []).append(parameter)
+            muon = task.muon_lr is not None and parameter.ndim == 2 and (".blocks." in name or ".layers." in name)
+            groups.setdefault((part, 0.0 if spare else task.weight_decay, muon), []).append(parameter)
     return [
-        {"params": parameters, "weight_decay": decay, "lr_scale": scales.get(part, 1.0)}
-        for (part, decay), parameters in groups.items()
-    ]
+        {"params": parameters, "weight_decay": decay, "muon": muon,
+         "lr_scale": scales.get(part, 1.0) * (task.muon_lr / task.lr if muon else 1.0)}
+        for (part, decay, muon), parameters in groups.items()
+    ]  # fmt: skip
+
+
+class Optimizer(torch.optim.AdamW):
+    """AdamW [ALBEF]; groups with "muon" true, all of them matrices, are updated by Muon instead [ours].
+
+    Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon): the momentum, made orthogonal by five steps of
+    a Newton-Schulz iteration, at the length of an AdamW update (Liu et al., arXiv 2502.16982). torch.optim.Muon iterates
+    in bfloat16, for which a CPU without such products takes tens of times as long.
+    """
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            alike = {}  # matrices of one shape are a batch
+            for parameter in group["params"] if group["muon"] else []:
+                if parameter.grad is not None:
+                    alike.setdefault(parameter.shape, []).append(parameter)
+            for shape, parameters in alike.items():
+                states = [self.state[parameter] for parameter in parameters]
+                for state, parameter in zip(states, parameters):
+                    state["step"] = state.get("step", torch.tensor(0.0)) + 1  # AdamW's load_state_dict looks for it
+                    state.setdefault("momentum", torch.zeros_like(parameter))
+                grads, momenta = [parameter.grad for parameter in parameters], [state["momentum"] for state in states]
+                torch._foreach_lerp_(momenta, grads, 0.05)
+                updates = orthogonal(torch.stack(torch._foreach_lerp(grads, momenta, 0.95)))  # Nesterov's
+                torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+                torch._foreach_add_(parameters, updates.unbind(), alpha=-group["lr"] * 0.2 * math.sqrt(max(shape)))
+                for parameter in parameters:
+                    parameter.grad = None  # so that AdamW leaves it alone
+        super().step()
+
+
+def orthogonal(matrices):
+    """Nearly the nearest orthogonal matrix to each of matrices (n, rows, columns): singular values of 0.7 to 1.2, by the
+    Newton-Schulz iteration with Jordan et al.'s coefficients."""
+    wide = matrices.shape[1] <= matrices.shape[2]
+    x = matrices if wide else matrices.mT
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp_min(1e-7)
+    for _ in range(5):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+    return x if wide else x.mT
 
 
 def prepare(model, config):
@@ -671,7 +716,7 @@ def run_task(task_name, config, settings, out, fresh):
         watch = evaluation.watch_pretraining(tokenizer, config, out)
     run = Run(out, config, settings, task_name, task, steps_per_epoch, digest, tokenizer, validate, watch)
     model.to(device)
-    optimizer = torch.optim.AdamW(parameter_groups(model, task), lr=task.lr, fused=True)
+    optimizer = Optimizer(parameter_groups(model, task), lr=task.lr, fused=True)
     if fresh or not run.resume(model, optimizer):
         load_initial_weights(model, config, task_name, run.vocab)
     if fresh:

@@ -17,7 +17,7 @@ OMP_NUM_THREADS sets the threads. Seconds are medians. Fields of step:
   cost                share by which the full method's step is longer, median over rounds
   peak_memory_gb      CUDA: largest allocation; CPU: peak resident set of a process of its own; import_memory_gb of it
                       was there before the model was
-  fixed_state_gb      weights, twin, gradients, AdamW's moments, queues
+  fixed_state_gb      weights, twin, gradients, the optimizer's moments, queues
   gflop_per_pair      matrix products by formula, see pair_flops; nothing that is computed twice by checkpointing
   share_of_matmul     of the rate that one large product reaches in this process (matmul_gflop_s, same dtype)
 """
@@ -58,7 +58,7 @@ VARIANTS = {  # what is switched off
     + NO_DISTORTIONS,
 }
 SWITCHES = ("soft_mask", "soft_mask_negatives", "focal_gamma", "mask_text_for")  # attributes of PretrainModel
-WARM_UP = 2  # rounds: the first makes AdamW's moments
+WARM_UP = 2  # rounds: the first makes the optimizer's moments
 TEXTS, ANSWERS, ANSWER_TOKENS = (64, 128), 3128, 5
 SIDES, FILES = (224, 1280, 2500), 16  # pixels of the longer side, and number of the synthetic photographs
 
@@ -161,7 +161,7 @@ class Steps:
         device, task = evaluation.resolve_device(config), config.pretrain
         shape = task.batch_size, task.max_tokens
         self.model = build("pretrain", config, vocab_size)
-        self.optimizer = torch.optim.AdamW(train.parameter_groups(self.model, task), lr=task.lr, fused=True)
+        self.optimizer = train.Optimizer(train.parameter_groups(self.model, task), lr=task.lr, fused=True)
         train.prepare(self.model, config)
         for queue in (self.model.image_queue, self.model.text_queue):  # full
             queue.copy_(torch.nn.functional.normalize(torch.randn(queue.shape), dim=1))
@@ -188,7 +188,7 @@ class Steps:
         train.train(self.model, self.optimizer, [self.batch], config, config.pretrain, self.run)
 
     def fixed_state(self):
-        """Bytes of weights, twin, queues, gradients and AdamW's moments."""
+        """Bytes of weights, twin, queues, gradients and the optimizer's moments."""
         tensors = [*self.model.parameters(), *self.model.buffers()]
         tensors += [p.grad for p in self.model.parameters() if p.grad is not None]
         tensors += [value for state in self.optimizer.state.values() for value in state.values()]

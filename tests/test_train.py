@@ -43,7 +43,8 @@ def test_learning_rate_by_hand():
 
 
 def test_parameter_groups_spare_from_weight_decay_and_give_the_image_encoder_and_temperature_their_own_rates():
-    config = data.load_config("scenes", [*TINY, "pretrain.vision_lr=1e-5", "pretrain.temp_lr=2e-5", "pretrain.lr=1e-4"])
+    rates = ["pretrain.vision_lr=1e-5", "pretrain.temp_lr=2e-5", "pretrain.lr=1e-4", "pretrain.muon_lr=3e-4"]
+    config = data.load_config("scenes", [*TINY, *rates])
     settings = data.config_to_dict(config)
     model = softmask.build_model("pretrain", 30, settings["model"], settings["method"])
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -54,10 +55,57 @@ def test_parameter_groups_spare_from_weight_decay_and_give_the_image_encoder_and
     for name, parameter in trained.items():
         spared = name == "temp" or re.search(r"(bias|pos_embed|cls_token|position\.weight|norm\d?\.weight)$", name)
         group, scale = found[id(parameter)], 0.2 if name == "temp" else 0.1 if ".vision." in name else 1.0
+        muon = re.search(r"\.(layers|blocks)\.\d+\.((self_|cross_)?att(n|ention)\.\w+|mlp\.fc\d)\.weight$", name)
+        assert group["muon"] == bool(muon), name
+        scale *= 3 if muon else 1
         assert group["weight_decay"] == (0.0 if spared else config.pretrain.weight_decay), name
         assert group["lr_scale"] == pytest.approx(scale), name
-    alike = train.parameter_groups(model, dataclasses.replace(config.pretrain, vision_lr=None))
+    alike = train.parameter_groups(model, dataclasses.replace(config.pretrain, vision_lr=None, muon_lr=None))
     assert sorted({group["lr_scale"] for group in alike}) == [pytest.approx(0.2), 1.0]
+    assert not any(group["muon"] for group in alike)
+
+
+def test_orthogonal_keeps_the_singular_vectors_and_makes_the_singular_values_alike():
+    torch.manual_seed(0)
+    for rows, columns in ((16, 16), (16, 48), (48, 16)):
+        left, right = (torch.linalg.qr(torch.randn(3, size, 16))[0] for size in (rows, columns))
+        values = torch.logspace(-1.5, 1, 16)
+        found = train.orthogonal(left * values @ right.mT)
+        inner = left.mT @ found @ right
+        found_values = inner.diagonal(dim1=1, dim2=2)
+        assert found_values.min() > 0.6 and found_values.max() < 1.25
+        torch.testing.assert_close(inner, torch.diag_embed(found_values), rtol=0, atol=1e-4)
+        torch.testing.assert_close(left @ inner @ right.mT, found, rtol=0, atol=1e-4)
+    assert torch.equal(train.orthogonal(torch.zeros(2, 3, 4)), torch.zeros(2, 3, 4))
+
+
+def test_the_optimizer_is_muon_for_its_matrices_and_adamw_for_the_rest():
+    """Against torch's own, whose Muon iterates in bfloat16."""
+    torch.manual_seed(0)
+    shapes = [(8, 8), (8, 24), (8, 8), (24, 8), (5,), (6, 8), (8, 8)]
+    ours, theirs = ([torch.nn.Parameter(value.clone()) for value in start] for start in [[torch.randn(s) for s in shapes]] * 2)
+    groups = [{"params": ours[:4], "muon": True, "weight_decay": 0.1, "lr": 0.02},
+              {"params": ours[4:], "muon": False, "weight_decay": 0.2, "lr": 0.01}]  # fmt: skip
+    optimizer = train.Optimizer(groups, fused=True)
+    muon = torch.optim.Muon(theirs[:4], lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    adamw = torch.optim.AdamW(theirs[4:], lr=0.01, weight_decay=0.2, fused=True)
+    for step in range(6):
+        if step == 3:  # by way of a checkpoint
+            state = optimizer.state_dict()
+            optimizer = train.Optimizer(groups, fused=True)
+            optimizer.load_state_dict(state)
+        before = [parameter.detach().clone() for parameter in theirs[:4]]
+        for one, other in zip(ours, theirs):
+            one.grad = torch.randn(one.shape)
+            other.grad = one.grad.clone()
+        ours[2].grad = theirs[2].grad = None if step == 4 else ours[2].grad  # a part that took no part
+        for one in (optimizer, muon, adamw):
+            one.step()
+        for one, other, start in zip(ours[:4], theirs[:4], before):
+            assert (one - other).norm() <= 0.05 * (other - start).norm() + 1e-7
+            with torch.no_grad():
+                one.copy_(other)
+        assert all(map(torch.equal, ours[4:], theirs[4:]))
 
 
 # A short run, as users type it
