@@ -123,9 +123,9 @@ class Optimizer(torch.optim.AdamW):
                 updates = orthogonal(torch.stack(torch._foreach_lerp(grads, momenta, 0.95)))  # Nesterov's
                 torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
                 torch._foreach_add_(parameters, updates.unbind(), alpha=-group["lr"] * 0.2 * math.sqrt(max(shape)))
-                for parameter in parameters:
-                    parameter.grad = None  # so that AdamW leaves it alone
-        super().step()
+        every, self.param_groups = self.param_groups, [group for group in self.param_groups if not group["muon"]]
+        super().step()  # AdamW's, of its own groups
+        self.param_groups = every
 
 
 def orthogonal(matrices):
