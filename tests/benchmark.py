@@ -18,7 +18,8 @@ OMP_NUM_THREADS sets the threads. Seconds are medians. Fields of step:
   peak_memory_gb      CUDA: largest allocation; CPU: peak resident set of a process of its own; import_memory_gb of it
                       was there before the model was
   fixed_state_gb      weights, twin, gradients, the optimizer's moments, queues
-  gflop_per_pair      matrix products by formula, see pair_flops; nothing that is computed twice by checkpointing
+  gflop_per_pair      matrix products by formula, see pair_flops; nothing that is computed twice by checkpointing, and
+                      nothing of Muon's
   share_of_matmul     of the rate that one large product reaches in this process (matmul_gflop_s, same dtype)
 """
 
