@@ -472,7 +472,8 @@ def training_files(config, task):
     """The annotation files a task is trained on; InputError where there are none."""
     files = task_files(config, task).train
     if not files:
-        key = "pretrain_files" if "pretrain" in task else f"{task}.train"
+        own = task == "nlvr2_pretrain" and config.data.nlvr2_pretrain_files is not None
+        key = "nlvr2_pretrain_files" if own else "pretrain_files" if "pretrain" in task else f"{task}.train"
         key = f"retrieval_sets.{config.data.retrieval}.train" if task == "retrieval" else key
         raise InputError(f"data.{key} names no file at scale {config.scale}; give it a list of annotation files")
     return files

@@ -114,7 +114,8 @@ def test_settings_of_a_task_must_fit_the_model():
 
 
 @pytest.mark.parametrize("task, key", [
-    ("pretrain", "data.pretrain_files"), ("nlvr2_pretrain", "data.pretrain_files"), ("vqa", "data.vqa.train"),
+    ("pretrain", "data.pretrain_files"), ("nlvr2_pretrain", "data.pretrain_files"),
+    ("nlvr2_pretrain", "data.nlvr2_pretrain_files"), ("vqa", "data.vqa.train"),
     ("retrieval", "data.retrieval_sets.flickr8k.train"), ("grounding", "data.grounding.train")])
 def test_a_task_without_files_says_which_key_to_set(task, key):
     config = data.load_config("flickr8k", [key + "=[]"])
