@@ -459,12 +459,17 @@ def evaluation_max_tokens(config, task):
     return getattr(config, task).max_tokens if cut else config.model.max_positions
 
 
+def pretraining_key(config, task):
+    """The setting that lists the files of pretrain or nlvr2_pretrain."""
+    own = task == "nlvr2_pretrain" and config.data.nlvr2_pretrain_files is not None
+    return "nlvr2_pretrain_files" if own else "pretrain_files"
+
+
 def task_files(config, task):
     """The Files of a task."""
     data = config.data
     if task in ("pretrain", "nlvr2_pretrain"):
-        own = data.nlvr2_pretrain_files if task == "nlvr2_pretrain" else None
-        return Files(data.pretrain_image_root, data.pretrain_files if own is None else own, None, None)
+        return Files(data.pretrain_image_root, getattr(data, pretraining_key(config, task)), None, None)
     return data.retrieval_sets[data.retrieval] if task == "retrieval" else getattr(data, task)
 
 
@@ -472,8 +477,7 @@ def training_files(config, task):
     """The annotation files a task is trained on; InputError where there are none."""
     files = task_files(config, task).train
     if not files:
-        own = task == "nlvr2_pretrain" and config.data.nlvr2_pretrain_files is not None
-        key = "nlvr2_pretrain_files" if own else "pretrain_files" if "pretrain" in task else f"{task}.train"
+        key = pretraining_key(config, task) if "pretrain" in task else f"{task}.train"
         key = f"retrieval_sets.{config.data.retrieval}.train" if task == "retrieval" else key
         raise InputError(f"data.{key} names no file at scale {config.scale}; give it a list of annotation files")
     return files
