@@ -123,6 +123,7 @@ class MethodConfig:
     distort_hue: float
     distort_grayscale: float
     clean_teacher: bool
+    image_words: bool
     image_ids: bool
     queue_size: int
     momentum: float
@@ -429,6 +430,8 @@ def _check_values(config):
         (model.image_size % model.patch_size == 0, "model.image_size must be a multiple of model.patch_size"),
         (model.vision_width % model.vision_heads == 0, "model.vision_width must be a multiple of model.vision_heads"),
         (model.text_width % model.text_heads == 0, "model.text_width must be a multiple of model.text_heads"),
+        (model.vision_width == model.text_width or not method.image_words,
+         "method.image_words needs a model.vision_width equal to model.text_width: MLM's head reads the patches"),
         (not config.nlvr2.flip, "nlvr2.flip must be false: its sentences say left and right of the two images"),
         (method.temp >= 0.001, "method.temp must be at least 0.001"),
         *((getattr(config, task).lr > 0, f"{task}.lr must be above 0") for task in TASKS),

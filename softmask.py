@@ -28,6 +28,7 @@ Index
   focal_itc_loss                    focal loss for ITC                [paper] abstract; caption of Fig. 2: Section 3
   hard_negatives, itm_loss          image-text matching               [ALBEF] models/model_pretrain.py
   mlm_loss                          masked words, distilled           [ALBEF] models/xbert.py
+  words_loss                        for a ViT that starts fresh       [ours]
   word_attention                    word-conditional attention        [paper] abstract; caption of Fig. 2: Section 4.1
   pick_word, soft_mask              the text-driven soft mask         [paper] caption of Fig. 2: Section 4.1
   PretrainModel                     all of it in the order of Fig. 2  [paper] Fig. 2
@@ -50,7 +51,6 @@ import os
 import re
 
 import torch
-import torch.distributed
 import torch.nn as nn
 import torch.nn.functional as F
 import torch.utils.checkpoint
@@ -92,8 +92,7 @@ class Attention(nn.Module):
 
         Returns output (B, L, D) and, if return_probs, probabilities (B, H, L, M) before dropout, float32, with a graph.
         """
-        query = self.split_heads(self.query(x))
-        dropout = self.dropout if self.training else 0.0
+        query, dropout = self.split_heads(self.query(x)), self.dropout if self.training else 0.0
         if return_probs or dropout and x.device.type == "cpu":  # where SDPA with dropout is slower than this
             with torch.autocast(x.device.type, enabled=False):  # 8 bits of bf16 are too coarse for Grad-CAM
                 scores = (query.float() / math.sqrt(query.shape[-1])) @ keys.float().transpose(-2, -1)
@@ -132,7 +131,6 @@ class Mlp(nn.Module):
 
 
 # Image encoder
-
 class VisionBlock(nn.Module):
     """Pre-norm transformer layer. [ALBEF] Copy with: Attention, Mlp."""
 
@@ -218,7 +216,6 @@ def text_init_std(width: int) -> float:
 
 
 # Text encoder, fusion encoder
-
 class TextLayer(nn.Module):
     """Post-norm BERT layer; with image_dim it has cross-attention too. [ALBEF] xbert.py. Copy with: Attention, Mlp."""
 
@@ -436,7 +433,6 @@ class Encoders(nn.Module):
 
 
 # Momentum twin and queue
-
 def make_twin(module):
     """A copy of module that takes no gradient: the momentum twin at its start. [ALBEF]"""
     return copy.deepcopy(module).requires_grad_(False).eval()
@@ -461,7 +457,6 @@ def gather(tensor):
 
 
 # Losses: pure functions of tensors
-
 def focal_itc_loss(
     image_feat, text_feat, image_feat_m, text_feat_m, image_queue, text_queue, temp, alpha, gamma, positives=None
 ):
@@ -532,6 +527,16 @@ def mlm_loss(logits, logits_m, labels, alpha):
     return distilled_cross_entropy(logits, logits_m, labels, alpha).sum() / max(len(labels), 1)
 
 
+def words_loss(logits, input_ids, word_ids):
+    """Which words does the caption have? Binary cross-entropy, summed over V, mean over B. [ours]; not the paper's
+
+    logits (B, N, V): of each patch; a word's is their log-mean-exp. input_ids, word_ids (B, L): of tokenize.
+    """
+    shown = logits.float().logsumexp(1) - math.log(logits.shape[1])  # (B, V)
+    said = torch.zeros_like(shown).scatter_reduce(1, input_ids, (word_ids >= 0).float(), "amax")
+    return F.binary_cross_entropy_with_logits(shown, said, reduction="sum") / len(logits)
+
+
 def itm_accuracy(logits, labels):
     """Mean of the accuracy on matches and on non-matches, each in [0, 1], 0.5 for a kind that does not occur. [ours]"""
     right = logits.argmax(1) == labels
@@ -540,7 +545,6 @@ def itm_accuracy(logits, labels):
 
 
 # Word attention and soft mask
-
 def check_attention_layer(layer: int, fusion_layers: int):
     """ValueError for no fusion layer, from 0, or the last, where the gradient of a word's row is exactly zero."""
     if not 0 <= layer < fusion_layers - 1:
@@ -589,7 +593,6 @@ def soft_mask(cam, picked):
 
 
 # Pre-training
-
 class TaskModel(nn.Module):
     """What all tasks share: encoders, less the parts unused, and their twin where there is a momentum. [ALBEF]"""
 
@@ -630,6 +633,7 @@ class PretrainModel(TaskModel):
     def __init__(
         self, encoders: Encoders, queue_size: int, momentum: float, temp: float, soft_mask: bool,
         soft_mask_negatives: bool, attention_layer: int | None, focal_gamma: float, mask_text_for: str | None,
+        image_words: bool = False,
     ):  # fmt: skip
         super().__init__(encoders, momentum, () if mask_text_for else ("mlm_head",))
         fusion_layers = len(encoders.fusion.layers)
@@ -639,7 +643,7 @@ class PretrainModel(TaskModel):
         if mask_text_for not in ("all", "mlm", None):
             raise ValueError(f'mask_text_for is {mask_text_for!r}, must be "all", "mlm" or None')
         self.soft_mask, self.soft_mask_negatives = soft_mask, soft_mask_negatives
-        self.focal_gamma, self.mask_text_for = focal_gamma, mask_text_for
+        self.focal_gamma, self.mask_text_for, self.image_words = focal_gamma, mask_text_for, image_words
         self.itm_head = nn.Linear(encoders.text_proj.in_features, 2)
         self.temp = nn.Parameter(torch.tensor(temp))
         for name in ("image_queue", "text_queue"):
@@ -650,8 +654,7 @@ class PretrainModel(TaskModel):
     @torch.no_grad()
     def enqueue(self, image_feat_m, text_feat_m, image_ids):
         """Put the twin's features (n, P) of all processes, and image_ids (n,) or None, in the queues. [ALBEF]"""
-        if image_ids is None:
-            image_ids = torch.full((len(image_feat_m),), -100, device=image_feat_m.device)
+        image_ids = image_feat_m.new_full(image_feat_m.shape[:1], -100).long() if image_ids is None else image_ids
         for name, entries in (("image_queue", image_feat_m), ("text_queue", text_feat_m), ("queue_ids", image_ids)):
             entries = gather(entries)
             write_queue(self.get_buffer(name), int(self.queue_written), entries)
@@ -735,8 +738,7 @@ class PretrainModel(TaskModel):
 
         # MLM: the same pass, unless the text is masked for it alone
         if self.mask_text_for == "mlm":
-            text_embeds = student.encode_text(masked_ids, attention_mask)
-            fused, _ = student.fuse(text_embeds, attention_mask, keys_values)
+            fused, _ = student.fuse(student.encode_text(masked_ids, attention_mask), attention_mask, keys_values)
         if self.mask_text_for is not None:
             with torch.no_grad():
                 if text_ids_m is not masked_ids:
@@ -744,12 +746,13 @@ class PretrainModel(TaskModel):
                 fused_m, _ = twin.fuse(text_embeds_m, attention_mask, twin.image_keys_values(image_embeds_m))
                 mlm_logits_m = twin.mlm_logits(fused_m[masked])  # (M, V)
             losses["mlm"] = mlm_loss(student.mlm_logits(fused[masked]), mlm_logits_m, mlm_labels[masked], alpha)
+        if self.image_words:  # read off the patches: for an image encoder that no DeiT has taught [ours]
+            losses["words"] = words_loss(student.mlm_logits(image_embeds[:, 1:]), input_ids, word_ids)
 
         return losses, stats, (image_feat_m, text_feat_m, image_ids)
 
 
 # Downstream models: ALBEF's losses on clean text, no soft mask, no focal factor [ours: the paper's way is unknown]
-
 class ClassifierModel(TaskModel):
     """The class of a text with one image (SNLI-VE) or with two (NLVR2). [ALBEF] model_ve.py, model_nlvr.py"""
 
@@ -780,8 +783,7 @@ class TextAssignmentModel(TaskModel):
 
     def __init__(self, encoders: Encoders, temp: float):
         super().__init__(encoders, momentum=None)
-        self.temp = temp
-        self.ta_head = nn.Linear(encoders.text_proj.in_features, 3)
+        self.temp, self.ta_head = temp, nn.Linear(encoders.text_proj.in_features, 3)
 
     def forward(self, image, input_ids, attention_mask, image_ids, generator=None):
         """The losses {ta} and statistics. Label 0: left, 1: right, 2: neither, each a third of the time.
@@ -828,8 +830,7 @@ class VqaModel(TaskModel):
 
         answer_ids, answer_mask (A, L); answer_question (A,): the question of each; weights (A,).
         """
-        next_ids = answer_ids[:, 1:]
-        real = answer_mask[:, 1:].bool()  # logits where an answer goes on, and nowhere else
+        next_ids, real = answer_ids[:, 1:], answer_mask[:, 1:].bool()  # real: where an answer goes on
         def next_logits(encoders):
             keys_values = self.question_keys_values(encoders, image, input_ids, attention_mask)
             states = encoders.decoder(answer_ids, answer_mask, keys_values, attention_mask, answer_question)
@@ -868,10 +869,11 @@ def build_model(task: str, vocab_size: int, model: dict, method: dict):
     sizes = {name: value for name, value in model.items() if not name.endswith("_weights")}
     encoders = Encoders(vocab_size, **sizes, images_per_text=2 if task.startswith("nlvr2") else 1)
     if task in ("retrieval", "grounding"):  # ALBEF's losses, without MLM
-        method = method | {"soft_mask": False, "soft_mask_negatives": False, "focal_gamma": 0.0, "mask_text_for": None}
+        method = method | {"soft_mask": False, "focal_gamma": 0.0, "mask_text_for": None, "image_words": False}
     if task in ("pretrain", "retrieval", "grounding"):
-        names = "queue_size momentum temp soft_mask soft_mask_negatives attention_layer focal_gamma mask_text_for".split()
-        return PretrainModel(encoders, **{name: method[name] for name in names})
+        names = "temp soft_mask soft_mask_negatives attention_layer focal_gamma mask_text_for image_words".split()
+        settings = {name: method[name] for name in method.keys() & names}  # older checkpoints have no image_words
+        return PretrainModel(encoders, method["queue_size"], method["momentum"], **settings)
     if task == "vqa":
         return VqaModel(encoders, model["fusion_layers"], method["momentum"])
     if task == "nlvr2_pretrain":
@@ -880,7 +882,6 @@ def build_model(task: str, vocab_size: int, model: dict, method: dict):
 
 
 # Multi-modal augmentation
-
 def mask_text(input_ids, word_ids, mask_id: int, ordinary_ids, probability, random_replacement: bool, generator=None):
     """Mask tokens for MLM: 80 % [MASK], 10 % a random token, 10 % unchanged. [ALBEF], after BERT
 
@@ -904,20 +905,19 @@ def distort_images(images, brightness, contrast, blur, hue, grayscale, generator
     colour wheel from [-x, x], x at most 0.5; grayscale: a probability. 0 leaves that distortion out.
     """
     def draw(low, high):
-        uniform = torch.rand(len(images), generator=generator, device=images.device)
-        return (low + (high - low) * uniform)[:, None, None, None]
+        uniform = torch.rand((len(images), 1, 1, 1), generator=generator, device=images.device)
+        return low + (high - low) * uniform
     if brightness:
         images = (images * draw(1 - brightness, 1 + brightness)).clamp(0, 1)
     if contrast:
         mean = TF.rgb_to_grayscale(images).mean((1, 2, 3), keepdim=True)
         images = ((images - mean) * draw(1 - contrast, 1 + contrast) + mean).clamp(0, 1)
     if blur:
-        limit = images.shape[-1] / 128
-        radius = max(1, math.ceil(2 * limit))
+        limit, radius = images.shape[-1] / 128, max(1, math.ceil(images.shape[-1] / 64))
         sigma = torch.where(draw(0, 1) < blur, draw(0.1, max(limit, 0.1)), 0.01).flatten()  # 0.01: the identity
         offsets = torch.arange(-radius, radius + 1, device=images.device)
-        kernel = (-0.5 * (offsets / sigma[:, None]) ** 2).softmax(1)
-        kernel = kernel.repeat_interleave(3, 0)[:, None, None]  # (B, k) -> (3B, 1, 1, k)
+        kernel = (-0.5 * (offsets / sigma[:, None]) ** 2).softmax(1)  # (B, k)
+        kernel = kernel.repeat_interleave(3, 0)[:, None, None]  # (3B, 1, 1, k)
         flat = F.pad(images, [radius] * 4, mode="reflect").flatten(0, 1)[None]  # (B, 3, S, S) -> (1, 3B, S, S)
         flat = F.conv2d(F.conv2d(flat, kernel, groups=flat.shape[1]), kernel.transpose(2, 3), groups=flat.shape[1])
         images = flat[0].unflatten(0, (-1, 3))
@@ -1001,7 +1001,6 @@ def flip_words(text: str) -> str:
 
 
 # Images and text as the model takes them
-
 IMAGE_MEAN, IMAGE_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 """Per channel, of pixels in [0, 1]. [ALBEF]: CLIP's."""
 
@@ -1032,7 +1031,6 @@ def clean_question(question: str, max_words: int) -> str:
 def load_tokenizer(name):
     """A BERT tokenizer: name is a vocab.txt, its folder, its list of entries, or a name on the hub; else ValueError."""
     from transformers import AutoTokenizer, BertTokenizer  # here, so that the rest of this module needs torch alone
-
     if isinstance(name, str) and os.path.isdir(name):
         name = os.path.join(name, "vocab.txt")
     if not isinstance(name, str):
@@ -1083,7 +1081,6 @@ def tokenize(tokenizer, texts: list[str], max_tokens: int, end: bool = False) ->
 
 
 # Weights of DeiT, BERT and ALBEF
-
 ALBEF_VISION_NAMES = ("visual_encoder.", "vision."), ("patch_embed.proj.", "patch_embed."), ("attn.proj.", "attn.out.")
 ALBEF_TEXT_NAMES = (
     ("vision_proj.", "image_proj."), ("text_encoder.cls.predictions.bias", "mlm_head.bias"),
@@ -1191,7 +1188,6 @@ def pair_layers(state: dict, encoders: Encoders) -> dict:
         return state
     def renamed(key, i):  # sub leaves the names of other parts as they are
         return pattern.sub(lambda match: f"{match[1]}{images * int(match[2]) + i}{match[3]}", key)
-
     return {renamed(key, i): tensor for key, tensor in state.items() for i in range(images)}
 
 
@@ -1299,7 +1295,6 @@ def load_start(model, state: dict) -> tuple[list[str], list[str]]:
 
 
 # A trained model on your own image and sentence
-
 class Pretrained:
     """A trained model that takes PIL images and strings. Made by from_pretrained."""
 
@@ -1355,8 +1350,7 @@ class Pretrained:
         word_ids = tokens["word_ids"][0]
         own = [(word_ids == word).nonzero().flatten().tolist() for word in range(int(word_ids.max()) + 1)]  # its pieces
         words = ["".join(pieces[i].removeprefix("##") for i in word) for word in own]
-        maps = [cam[word].mean(0) for word in own]
-        grid = self.encoders.vision.grid
+        maps, grid = [cam[word].mean(0) for word in own], self.encoders.vision.grid
         return words, torch.stack(maps).unflatten(1, (grid, grid)) if maps else cam.new_zeros(0, grid, grid)
 
 

@@ -19,6 +19,7 @@ A line of log.jsonl, means over the steps since the line before and over all pro
   loss               sum of the parts                        loss_itc          (focal) image-text contrastive loss
   loss_itm           matching; 0.6365 is the floor of a constant answer at one match to two non-matches
   loss_soft_itm      matching on soft-masked images          loss_mlm          masked language modelling
+  loss_words         the caption's words, read off the patches; of one image, summed over the vocabulary
   loss_vqa           answers, weighted, per question         loss_cls          NLVR2, entailment
   loss_ta            text assignment, before NLVR2           accuracy          of these two on their batches, 0 to 1
   itm_accuracy       mean of the accuracy on matches and on non-matches: 0.5 is chance; soft_itm_accuracy likewise
@@ -678,7 +679,7 @@ def load_initial_weights(model, config, task_name, vocab):
         say(f"image encoder starts from {vision}")
     elif config.scale == "paper":
         raise data.InputError("model.vision_weights is null: at scale paper the image encoder starts from DeiT; name its file")
-    elif (rate := getattr(config, task_name).vision_lr) is not None:
+    elif (rate := getattr(config, task_name).vision_lr) is not None and rate < getattr(config, task_name).lr:
         say(f"image encoder starts from nothing, with a learning rate of {rate}: give model.vision_weights, or "
             f"{task_name}.vision_lr=null")  # fmt: skip
     if text is not None:

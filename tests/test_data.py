@@ -193,6 +193,12 @@ def test_last_fusion_layer_is_allowed_without_soft_mask():
     data.load_config("scenes", ["model.fusion_layers=1", "method.soft_mask=false"])
 
 
+def test_the_head_that_reads_the_patches_takes_their_width():
+    data.load_config("scenes", ["method.image_words=true"])
+    with pytest.raises(data.InputError, match="method.image_words needs a model.vision_width equal to model.text_width"):
+        data.load_config("scenes", ["method.image_words=true", "model.vision_width=64"])
+
+
 LAUGHS = "lol"
 for _ in range(9):
     LAUGHS = [LAUGHS] * 10  # a hundred bytes a level in YAML or a pickle, 10 ** 9 values written out

@@ -739,6 +739,41 @@ def test_itm_loss_of_no_row(rows):
     assert loss == 0 and (logits.grad == 0).all()
 
 
+def test_words_loss_by_hand():
+    """Word 2 is said twice, 3 is shown by one of two patches, tokens without a word are not said."""
+    logits = torch.tensor([[[0.0, 1.0, 2.0, -1.0], [0.0, 1.0, -2.0, 3.0]]], requires_grad=True)
+    input_ids, word_ids = torch.tensor([[1, 2, 3, 2, 0]]), torch.tensor([[-1, 0, 1, 2, -1]])
+    expected = 0.0
+    for word, (a, b) in enumerate(logits[0].T.tolist()):
+        p = 1 / (1 + math.exp(-math.log((math.exp(a) + math.exp(b)) / 2)))
+        expected -= math.log(p if word in (2, 3) else 1 - p)
+    loss = softmask.words_loss(logits, input_ids, word_ids)
+    assert loss.item() == pytest.approx(expected, rel=1e-6)
+    (gradient,) = torch.autograd.grad(loss, logits)
+    assert (gradient[0, :, 2:] < 0).all() and (gradient[0, :, :2] > 0).all()
+    twice = softmask.words_loss(logits.repeat(2, 1, 1), input_ids.repeat(2, 1), word_ids.repeat(2, 1))
+    assert twice.item() == pytest.approx(expected, rel=1e-6)  # a mean over the images
+
+
+def test_image_words_adds_its_loss_and_changes_no_other(monkeypatch):
+    """It reads image and clean caption alone: a masked word is said, and no text state is reached."""
+    found = []
+    for image_words in (False, True):
+        fix_draws(monkeypatch, NEGATIVES, PICKED)
+        model, batch = make_model(image_words=image_words, sizes={"vision_width": 24}), make_batch()
+        losses, _, _ = model(**batch)
+        found.append({name: loss.item() for name, loss in losses.items()})
+    words = found[1].pop("words")
+    assert found[0] == found[1]
+    patches = model.encoders.encode_image(batch["image"])[:, 1:]
+    again = softmask.words_loss(model.encoders.mlm_logits(patches), batch["input_ids"], batch["word_ids"])
+    assert words == pytest.approx(again.item(), rel=1e-6)
+    losses["words"].backward()
+    reached = {name for name, p in model.named_parameters() if p.grad is not None and (p.grad != 0).any()}
+    assert "encoders.vision.patch_embed.weight" in reached and "encoders.mlm_head.dense.weight" in reached
+    assert not any(name.startswith(("encoders.text.layers", "encoders.fusion", "itm_head", "temp")) for name in reached)
+
+
 def test_itm_accuracy():
     labels = torch.tensor([1, 0, 0, 1, 0, -100])
     for constant in ([0.0, 1.0], [1.0, 0.0]):

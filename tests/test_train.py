@@ -176,7 +176,7 @@ def test_finished_run_says_so_and_fresh_starts_over(trained, tmp_path):
      "method.distort_contrast=0", "method.distort_blur=0", "method.image_ids=false"],  # ALBEF
     ["method.soft_mask_negatives=false", "method.distort_hue=0.1", "method.distort_grayscale=0.3",
      "pretrain.randaugment_ops=2", "precision=bf16", "pretrain.accumulation=2", "model.dropout=0.1"],
-    ["method.queue_size=0"],
+    ["method.queue_size=0", "method.image_words=true", "pretrain.vision_lr=2e-3", "pretrain.muon_lr=3e-3"],
     ["method.soft_mask=false", "model.fusion_layers=1", "method.queue_size=3"],  # no layer with word attention
 ])  # fmt: skip
 def test_other_settings_run(settings, tmp_path):
@@ -184,6 +184,7 @@ def test_other_settings_run(settings, tmp_path):
     assert result.status == 0, result.err
     line = read_log(tmp_path)[-1]
     assert ("loss_soft_itm" in line) == ("method.soft_mask=false" not in settings)
+    assert ("loss_words" in line) == ("method.image_words=true" in settings)
     assert all(math.isfinite(value) for value in line.values())
 
 
