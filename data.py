@@ -123,7 +123,7 @@ class MethodConfig:
     distort_hue: float
     distort_grayscale: float
     clean_teacher: bool
-    image_words: bool
+    words_first: float
     image_ids: bool
     queue_size: int
     momentum: float
@@ -247,7 +247,7 @@ REPLACED_WHOLE = {"data.scenes", "data.retrieval_sets"}
 MAY_BE_ZERO = {"seed", "epochs", "num_workers", "attention_layer", "randaugment_ops", "warmup_steps", "pictures",
                "eval_every_steps", "max_skipped_steps", "queue_size"}
 SHARES = ("max_bad_image_share", "dropout", "mlm_probability", "distort_brightness", "distort_contrast", "distort_blur",
-          "distort_grayscale", "momentum", "alpha", "crop_min_area")
+          "distort_grayscale", "words_first", "momentum", "alpha", "crop_min_area")
 LARGEST = dict.fromkeys(SHARES, 1.0) | {"distort_hue": 0.5, "temp": 0.5, "randaugment_ops": 10}
 CHOICES = {"precision": ("float32", "bf16"), "device": ("auto", "cpu", "cuda"), "mask_text_for": ("all", "mlm"),
            "level": ("plain", "rich")}
@@ -430,8 +430,8 @@ def _check_values(config):
         (model.image_size % model.patch_size == 0, "model.image_size must be a multiple of model.patch_size"),
         (model.vision_width % model.vision_heads == 0, "model.vision_width must be a multiple of model.vision_heads"),
         (model.text_width % model.text_heads == 0, "model.text_width must be a multiple of model.text_heads"),
-        (model.vision_width == model.text_width or not method.image_words,
-         "method.image_words needs a model.vision_width equal to model.text_width: MLM's head reads the patches"),
+        (model.vision_width == model.text_width or not method.words_first,
+         "method.words_first needs a model.vision_width equal to model.text_width; method.words_first=0 does without"),
         (not config.nlvr2.flip, "nlvr2.flip must be false: its sentences say left and right of the two images"),
         (method.temp >= 0.001, "method.temp must be at least 0.001"),
         *((getattr(config, task).lr > 0, f"{task}.lr must be above 0") for task in TASKS),

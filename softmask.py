@@ -527,14 +527,16 @@ def mlm_loss(logits, logits_m, labels, alpha):
     return distilled_cross_entropy(logits, logits_m, labels, alpha).sum() / max(len(labels), 1)
 
 
-def words_loss(logits, input_ids, word_ids):
-    """Which words does the caption have? Binary cross-entropy, summed over V, mean over B. [ours]; not the paper's
+def words_loss(logits, input_ids, word_ids, sharpness: float = 5.0):
+    """Which of the batch's words does the caption have? Binary cross-entropy, summed over words, mean over B. [ours]
 
-    logits (B, N, V): of each patch; a word's is their log-mean-exp. input_ids, word_ids (B, L): of tokenize.
+    logits (B, N, V): of each patch; a word's is their log-mean-exp, sharpened: nearly the highest, so that nothing is
+    gained by spreading it over the background. input_ids, word_ids (B, L): of tokenize. Not the paper's.
     """
-    shown = logits.float().logsumexp(1) - math.log(logits.shape[1])  # (B, V)
-    said = torch.zeros_like(shown).scatter_reduce(1, input_ids, (word_ids >= 0).float(), "amax")
-    return F.binary_cross_entropy_with_logits(shown, said, reduction="sum") / len(logits)
+    said = torch.zeros_like(logits[:, 0]).scatter_reduce(1, input_ids, (word_ids >= 0).to(logits), "amax")  # (B, V)
+    some = said.any(0)  # (V,): the words of no caption, many times as many, would hold up the learning of these
+    shown = (sharpness * logits[:, :, some].float()).logsumexp(1) - math.log(logits.shape[1])
+    return F.binary_cross_entropy_with_logits(shown / sharpness, said[:, some].float(), reduction="sum") / len(logits)
 
 
 def itm_accuracy(logits, labels):
@@ -633,7 +635,6 @@ class PretrainModel(TaskModel):
     def __init__(
         self, encoders: Encoders, queue_size: int, momentum: float, temp: float, soft_mask: bool,
         soft_mask_negatives: bool, attention_layer: int | None, focal_gamma: float, mask_text_for: str | None,
-        image_words: bool = False,
     ):  # fmt: skip
         super().__init__(encoders, momentum, () if mask_text_for else ("mlm_head",))
         fusion_layers = len(encoders.fusion.layers)
@@ -643,7 +644,7 @@ class PretrainModel(TaskModel):
         if mask_text_for not in ("all", "mlm", None):
             raise ValueError(f'mask_text_for is {mask_text_for!r}, must be "all", "mlm" or None')
         self.soft_mask, self.soft_mask_negatives = soft_mask, soft_mask_negatives
-        self.focal_gamma, self.mask_text_for, self.image_words = focal_gamma, mask_text_for, image_words
+        self.focal_gamma, self.mask_text_for = focal_gamma, mask_text_for
         self.itm_head = nn.Linear(encoders.text_proj.in_features, 2)
         self.temp = nn.Parameter(torch.tensor(temp))
         for name in ("image_queue", "text_queue"):
@@ -667,7 +668,7 @@ class PretrainModel(TaskModel):
 
     def forward(
         self, image, input_ids, attention_mask, masked_ids, mlm_labels, word_ids, image_ids, alpha, generator=None,
-        clean_image=None,
+        clean_image=None, words_only=False,
     ):  # fmt: skip
         """Losses {itc, itm, soft_itm, mlm} of one batch, statistics for the log, and the arguments for enqueue.
 
@@ -675,8 +676,13 @@ class PretrainModel(TaskModel):
         mlm_labels (B, L): of mask_text; image_ids (B,), or None: each pair its own; alpha: weight of twin's targets.
         clean_image (B, 3, S, S), normalised, undistorted: the twin reads it and clean text, masked text for MLM alone;
         None: it reads what the student reads [ours: the paper's way is unknown].
+        words_only: loss {words} alone, of the image encoder, and nothing to enqueue [ours; not the paper's].
         """
         student, twin = self.encoders, self.encoders_m
+        if words_only:
+            words = student.text.embeddings["word"].weight, student.mlm_head.bias
+            logits = F.linear(student.encode_image(image)[:, 1:], *words)  # (B, N, V)
+            return {"words": words_loss(logits, input_ids, word_ids)}, {}, None
         own = torch.arange(len(image), device=image.device)
         masked = mlm_labels != -100
         text_ids = masked_ids if self.mask_text_for == "all" else input_ids  # [paper] Fig. 2: the masked text enters
@@ -746,8 +752,6 @@ class PretrainModel(TaskModel):
                 fused_m, _ = twin.fuse(text_embeds_m, attention_mask, twin.image_keys_values(image_embeds_m))
                 mlm_logits_m = twin.mlm_logits(fused_m[masked])  # (M, V)
             losses["mlm"] = mlm_loss(student.mlm_logits(fused[masked]), mlm_logits_m, mlm_labels[masked], alpha)
-        if self.image_words:  # read off the patches: for an image encoder that no DeiT has taught [ours]
-            losses["words"] = words_loss(student.mlm_logits(image_embeds[:, 1:]), input_ids, word_ids)
 
         return losses, stats, (image_feat_m, text_feat_m, image_ids)
 
@@ -869,11 +873,10 @@ def build_model(task: str, vocab_size: int, model: dict, method: dict):
     sizes = {name: value for name, value in model.items() if not name.endswith("_weights")}
     encoders = Encoders(vocab_size, **sizes, images_per_text=2 if task.startswith("nlvr2") else 1)
     if task in ("retrieval", "grounding"):  # ALBEF's losses, without MLM
-        method = method | {"soft_mask": False, "focal_gamma": 0.0, "mask_text_for": None, "image_words": False}
+        method = method | {"soft_mask": False, "focal_gamma": 0.0, "mask_text_for": None}
     if task in ("pretrain", "retrieval", "grounding"):
-        names = "temp soft_mask soft_mask_negatives attention_layer focal_gamma mask_text_for image_words".split()
-        settings = {name: method[name] for name in method.keys() & names}  # older checkpoints have no image_words
-        return PretrainModel(encoders, method["queue_size"], method["momentum"], **settings)
+        names = "queue_size momentum temp soft_mask soft_mask_negatives attention_layer focal_gamma mask_text_for"
+        return PretrainModel(encoders, **{name: method[name] for name in names.split()})
     if task == "vqa":
         return VqaModel(encoders, model["fusion_layers"], method["momentum"])
     if task == "nlvr2_pretrain":

@@ -19,7 +19,7 @@ A line of log.jsonl, means over the steps since the line before and over all pro
   loss               sum of the parts                        loss_itc          (focal) image-text contrastive loss
   loss_itm           matching; 0.6365 is the floor of a constant answer at one match to two non-matches
   loss_soft_itm      matching on soft-masked images          loss_mlm          masked language modelling
-  loss_words         the caption's words, read off the patches; of one image, summed over the vocabulary
+  loss_words         the caption's words, read off the patches, alone in the first steps: method.words_first
   loss_vqa           answers, weighted, per question         loss_cls          NLVR2, entailment
   loss_ta            text assignment, before NLVR2           accuracy          of these two on their batches, 0 to 1
   itm_accuracy       mean of the accuracy on matches and on non-matches: 0.5 is chance; soft_itm_accuracy likewise
@@ -79,8 +79,8 @@ def lr_at(step: int, total_steps: int, task) -> float:
 
 def parameter_groups(model, task) -> list[dict]:
     """Groups for Optimizer: biases, norms, position and [CLS] embeddings are spared weight decay; the image encoder, the
-    temperature and, if task.muon_lr is not None, the layers' weight matrices have learning rates of their own, lr_scale
-    times the schedule's.
+    temperature and, if task.muon_lr is not None, the weight matrices of the layers and of the patch embedding have
+    learning rates of their own, lr_scale times the schedule's.
 
     [ours]: ALBEF has one learning rate, and decays temperature, position and [CLS] embeddings too.
     """
@@ -90,7 +90,8 @@ def parameter_groups(model, task) -> list[dict]:
         if parameter.requires_grad:
             spare = parameter.ndim < 2 or name.endswith(("pos_embed", "cls_token", "position.weight"))
             part = "temp" if name == "temp" else "vision" if name.startswith("encoders.vision.") else "others"
-            muon = task.muon_lr is not None and parameter.ndim == 2 and (".blocks." in name or ".layers." in name)
+            matrix = parameter.ndim == 2 and (".blocks." in name or ".layers." in name)
+            muon = task.muon_lr is not None and (matrix or name.endswith("patch_embed.weight"))
             groups.setdefault((part, 0.0 if spare else task.weight_decay, muon), []).append(parameter)
     return [
         {"params": parameters, "weight_decay": decay, "muon": muon,
@@ -100,7 +101,7 @@ def parameter_groups(model, task) -> list[dict]:
 
 
 class Optimizer(torch.optim.AdamW):
-    """AdamW [ALBEF]; groups with "muon" true, all of them matrices, are updated by Muon instead [ours].
+    """AdamW [ALBEF]; groups with "muon" true, weight matrices, are updated by Muon instead [ours].
 
     Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon): the momentum, made orthogonal by five steps of
     a Newton-Schulz iteration, at the length of an AdamW update (Liu et al., arXiv 2502.16982). torch.optim.Muon iterates
@@ -121,9 +122,11 @@ class Optimizer(torch.optim.AdamW):
                     state.setdefault("momentum", torch.zeros_like(parameter))
                 grads, momenta = [parameter.grad for parameter in parameters], [state["momentum"] for state in states]
                 torch._foreach_lerp_(momenta, grads, 0.05)
-                updates = orthogonal(torch.stack(torch._foreach_lerp(grads, momenta, 0.95)))  # Nesterov's
+                updates = torch.stack(torch._foreach_lerp(grads, momenta, 0.95))  # Nesterov's
+                updates = orthogonal(updates.flatten(2)).view_as(updates)  # the patch embedding's kernels are rows
+                length = 0.2 * math.sqrt(max(shape[0], shape[1:].numel()))
                 torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
-                torch._foreach_add_(parameters, updates.unbind(), alpha=-group["lr"] * 0.2 * math.sqrt(max(shape)))
+                torch._foreach_add_(parameters, updates.unbind(), alpha=-group["lr"] * length)
         every, self.param_groups = self.param_groups, [group for group in self.param_groups if not group["muon"]]
         super().step()  # AdamW's, of its own groups
         self.param_groups = every
@@ -185,19 +188,21 @@ def pretrain_losses(model, image, batch, config, special, alpha, generator):
         )  # fmt: skip
 
 
-def task_losses(task_name, model, batch, config, special, alpha, seeds):
+def task_losses(task_name, model, batch, config, special, alpha, seeds, words_only=False):
     """The losses of a batch on its device, statistics for the log, and features for the queue, or None.
 
-    seeds: what all draws for this micro-batch depend on.
+    seeds: what all draws for this micro-batch depend on. words_only: of PretrainModel.forward.
     """
     device = batch["image"].device
     torch.manual_seed(data.hash63("dropout", *seeds))
     generator = torch.Generator(device).manual_seed(data.hash63("step", *seeds))
     image = batch["image"].float().div_(255)
-    if task_name == "pretrain":
+    if task_name == "pretrain" and not words_only:
         return pretrain_losses(model, image, batch, config, special, alpha, generator)
     image, text = softmask.normalize(image), (batch["input_ids"], batch["attention_mask"])
     with evaluation.autocast(config, device):
+        if words_only:
+            return model(image, *text, None, None, batch["word_ids"], None, alpha, words_only=True)
         if task_name in ("retrieval", "grounding"):
             nothing_masked = torch.full_like(batch["input_ids"], -100)
             masking = batch["input_ids"], nothing_masked, batch["word_ids"]
@@ -213,6 +218,7 @@ def task_losses(task_name, model, batch, config, special, alpha, seeds):
 def train(model, optimizer, loader, config, task, run):
     """Train from run.step to run.total_steps. run: the Run that logs, saves and counts."""
     device, world = evaluation.resolve_device(config), evaluation.world_size()
+    first = int(config.method.words_first * run.total_steps) if run.task_name == "pretrain" else 0
     wrapped = model
     if world > 1:
         device_ids = [device] if device.type == "cuda" else None
@@ -223,7 +229,8 @@ def train(model, optimizer, loader, config, task, run):
     batches = iter(loader)
     model.train()
     for step in range(run.step, run.total_steps):
-        lr = lr_at(step, run.total_steps, task)
+        words_only = step < first  # a training of its own: it has the whole schedule
+        lr = lr_at(step, first, task) if words_only else lr_at(step - first, run.total_steps - first, task)
         for group in optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
         alpha = config.method.alpha * (min(1.0, step / run.steps_per_epoch) if task.ramp_alpha else 1.0)
@@ -239,18 +246,24 @@ def train(model, optimizer, loader, config, task, run):
             batch = {k: v.to(device, non_blocking=True) for k, v in batch.items() if isinstance(v, torch.Tensor)}
             seeds = (config.seed, step, evaluation.rank() * task.accumulation + micro)
             last = micro == task.accumulation - 1
-            with contextlib.nullcontext() if last or world == 1 else wrapped.no_sync():
-                losses, stats, features_m = task_losses(run.task_name, wrapped, batch, config, run.special, alpha, seeds)
+            with contextlib.nullcontext() if last and not words_only or world == 1 else wrapped.no_sync():
+                losses, stats, features_m = task_losses(
+                    run.task_name, wrapped, batch, config, run.special, alpha, seeds, words_only
+                )
                 loss = sum(losses.values())
                 values.append({"loss": loss} | {f"loss_{name}": value for name, value in losses.items()} | stats)
                 # one that is not finite makes the whole gradient NaN: so the other processes learn of it
                 finite = sum(values[-1].values()).isfinite()
                 (loss / task.accumulation * torch.where(finite, 1.0, math.nan)).backward()
             features.append(features_m)
+        if words_only and world > 1:  # DistributedDataParallel would wait for the gradients of the rest
+            for parameter in trained:
+                if parameter.grad is not None:
+                    dist.all_reduce(parameter.grad.div_(world))
         norm = torch.nn.utils.clip_grad_norm_(trained, task.clip_norm or math.inf)
         if norm.isfinite():
             optimizer.step()
-            if has_queue:
+            if has_queue and not words_only:
                 model.enqueue(*(None if part[0] is None else torch.cat(part) for part in zip(*features)))
             for part in [*values, {"grad_norm": norm}]:
                 run.add(part)

@@ -24,7 +24,7 @@ TINY = [
     SCENES, "device=cpu", "num_workers=0", "log_every_steps=1", "checkpoint_every_steps=3", "pretrain.batch_size=8",
     "pretrain.epochs=1", "pretrain.warmup_steps=2", "eval={batch_size: 5, top_k: 4, answers_top_k: 4, pictures: 2}",
     "model={image_size: 32, patch_size: 8, vision_width: 32, vision_layers: 2, vision_heads: 2, text_width: 32, "
-    "text_layers: 1, fusion_layers: 3, text_heads: 2, max_positions: 40, embed_dim: 16}",
+    "text_layers: 1, fusion_layers: 3, text_heads: 2, max_positions: 40, embed_dim: 16}", "method.words_first=0",
     *(f"{task}={{batch_size: {4 if task == 'nlvr2' else 8}, epochs: 2, lr: 2.0e-3, warmup_steps: 2}}"
       for task in data.TASKS[1:]),  # which have rows for half of the scenes, NLVR2 one for two
 ]  # 12 steps of every task, of fine-tuning in two epochs

@@ -194,9 +194,9 @@ def test_last_fusion_layer_is_allowed_without_soft_mask():
 
 
 def test_the_head_that_reads_the_patches_takes_their_width():
-    data.load_config("scenes", ["method.image_words=true"])
-    with pytest.raises(data.InputError, match="method.image_words needs a model.vision_width equal to model.text_width"):
-        data.load_config("scenes", ["method.image_words=true", "model.vision_width=64"])
+    data.load_config("scenes", ["method.words_first=0", "model.vision_width=64"])
+    with pytest.raises(data.InputError, match="method.words_first needs a model.vision_width equal to model.text_width"):
+        data.load_config("scenes", ["model.vision_width=64"])
 
 
 LAUGHS = "lol"

@@ -83,9 +83,9 @@ def inject(monkeypatch):
         monkeypatch.undo()
         task_losses, normalize, micro = train.task_losses, softmask.normalize, types.SimpleNamespace(fault=None)
 
-        def faulty_losses(task_name, model, batch, config, special, alpha, seeds):
+        def faulty_losses(task_name, model, batch, config, special, alpha, seeds, words_only):
             micro.fault, micro.model = faults.get(seeds[1] + 1), model
-            losses, *rest = task_losses(task_name, model, batch, config, special, alpha, seeds)
+            losses, *rest = task_losses(task_name, model, batch, config, special, alpha, seeds, words_only)
             if isinstance(micro.fault, str):
                 losses[micro.fault] = losses[micro.fault] + math.inf  # its gradient stays finite
             return losses, *rest
@@ -201,7 +201,7 @@ ONE_RANK = """
 import math, sys, torch, train
 def faulty(*arguments):
     losses, *rest = task_losses(*arguments)
-    step, block = arguments[-1][1:]
+    step, block = arguments[6][1:]
     if (step + 1, block) == (5, 1):
         losses["mlm"] = losses["mlm"] + math.inf
     return losses, *rest
@@ -326,7 +326,7 @@ def before_step(monkeypatch):
         task_losses = train.task_losses
 
         def hooked(*arguments):
-            if arguments[-1][1] + 1 == step:
+            if arguments[6][1] + 1 == step:
                 function()
             return task_losses(*arguments)
 

@@ -28,6 +28,7 @@ from commands import (
 )  # fmt: skip
 
 PAIR = ["pretrain.batch_size=4", "model.dropout=0.0", NO_EVALUATION]  # 12 steps of two processes with 4 pairs
+WORDS = "method.words_first=0.4"  # 4 of 12 steps
 WATCHED = ("txt_r1", "img_r1")  # fields of the log that eval_every_steps adds
 
 
@@ -55,7 +56,9 @@ def test_parameter_groups_spare_from_weight_decay_and_give_the_image_encoder_and
     for name, parameter in trained.items():
         spared = name == "temp" or re.search(r"(bias|pos_embed|cls_token|position\.weight|norm\d?\.weight)$", name)
         group, scale = found[id(parameter)], 0.2 if name == "temp" else 0.1 if ".vision." in name else 1.0
-        muon = re.search(r"\.(layers|blocks)\.\d+\.((self_|cross_)?att(n|ention)\.\w+|mlp\.fc\d)\.weight$", name)
+        muon = re.search(
+            r"patch_embed\.weight$|\.(layers|blocks)\.\d+\.((self_|cross_)?att(n|ention)\.\w+|mlp\.fc\d)\.weight$", name
+        )
         assert group["muon"] == bool(muon), name
         scale *= 3 if muon else 1
         assert group["weight_decay"] == (0.0 if spared else config.pretrain.weight_decay), name
@@ -80,32 +83,35 @@ def test_orthogonal_keeps_the_singular_vectors_and_makes_the_singular_values_ali
 
 
 def test_the_optimizer_is_muon_for_its_matrices_and_adamw_for_the_rest():
-    """Against torch's own, whose Muon iterates in bfloat16."""
+    """Against torch's own, whose Muon iterates in bfloat16 and takes no kernels: flat ones are given to it."""
     torch.manual_seed(0)
-    shapes = [(8, 8), (8, 24), (8, 8), (24, 8), (5,), (6, 8), (8, 8)]
-    ours, theirs = ([torch.nn.Parameter(value.clone()) for value in start] for start in [[torch.randn(s) for s in shapes]] * 2)
-    groups = [{"params": ours[:4], "muon": True, "weight_decay": 0.1, "lr": 0.02},
-              {"params": ours[4:], "muon": False, "weight_decay": 0.2, "lr": 0.01}]  # fmt: skip
+    shapes = [(8, 8), (8, 24), (8, 8), (24, 8), (24, 2, 2, 2), (5,), (6, 8), (8, 8)]
+    start = [torch.randn(shape) for shape in shapes]
+    ours = [torch.nn.Parameter(value.clone()) for value in start]
+    theirs = [torch.nn.Parameter(value.flatten(1).clone() if value.ndim == 4 else value.clone()) for value in start]
+    groups = [{"params": ours[:5], "muon": True, "weight_decay": 0.1, "lr": 0.02},
+              {"params": ours[5:], "muon": False, "weight_decay": 0.2, "lr": 0.01}]  # fmt: skip
     optimizer = train.Optimizer(groups, fused=True)
-    muon = torch.optim.Muon(theirs[:4], lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
-    adamw = torch.optim.AdamW(theirs[4:], lr=0.01, weight_decay=0.2, fused=True)
+    muon = torch.optim.Muon(theirs[:5], lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    adamw = torch.optim.AdamW(theirs[5:], lr=0.01, weight_decay=0.2, fused=True)
     for step in range(6):
         if step == 3:  # by way of a checkpoint
             state = optimizer.state_dict()
             optimizer = train.Optimizer(groups, fused=True)
             optimizer.load_state_dict(state)
-        before = [parameter.detach().clone() for parameter in theirs[:4]]
+        before = [parameter.detach().clone() for parameter in theirs[:5]]
         for one, other in zip(ours, theirs):
             one.grad = torch.randn(one.shape)
-            other.grad = one.grad.clone()
+            other.grad = one.grad.view(other.shape).clone()
         ours[2].grad = theirs[2].grad = None if step == 4 else ours[2].grad  # a part that took no part
         for one in (optimizer, muon, adamw):
             one.step()
-        for one, other, start in zip(ours[:4], theirs[:4], before):
+        for one, other, start in zip(ours[:5], theirs[:5], before):
+            other, start = other.view(one.shape), start.view(one.shape)
             assert (one - other).norm() <= 0.05 * (other - start).norm() + 1e-7
             with torch.no_grad():
                 one.copy_(other)
-        assert all(map(torch.equal, ours[4:], theirs[4:]))
+        assert all(map(torch.equal, ours[5:], theirs[5:]))
 
 
 # A short run, as users type it
@@ -176,16 +182,18 @@ def test_finished_run_says_so_and_fresh_starts_over(trained, tmp_path):
      "method.distort_contrast=0", "method.distort_blur=0", "method.image_ids=false"],  # ALBEF
     ["method.soft_mask_negatives=false", "method.distort_hue=0.1", "method.distort_grayscale=0.3",
      "pretrain.randaugment_ops=2", "precision=bf16", "pretrain.accumulation=2", "model.dropout=0.1"],
-    ["method.queue_size=0", "method.image_words=true", "pretrain.vision_lr=2e-3", "pretrain.muon_lr=3e-3"],
+    ["method.queue_size=0", WORDS, "pretrain.vision_lr=2e-3", "pretrain.muon_lr=null"],
     ["method.soft_mask=false", "model.fusion_layers=1", "method.queue_size=3"],  # no layer with word attention
 ])  # fmt: skip
 def test_other_settings_run(settings, tmp_path):
     result = run(tmp_path, "train.py", "--out", tmp_path, *TINY, *settings)
     assert result.status == 0, result.err
-    line = read_log(tmp_path)[-1]
-    assert ("loss_soft_itm" in line) == ("method.soft_mask=false" not in settings)
-    assert ("loss_words" in line) == ("method.image_words=true" in settings)
-    assert all(math.isfinite(value) for value in line.values())
+    lines = read_log(tmp_path)
+    words_only = 4 if WORDS in settings else 0
+    for i, line in enumerate(lines):
+        assert ("loss_words" in line) == (i < words_only) and ("loss_itc" in line) == (i >= words_only)
+        assert ("loss_soft_itm" in line) == (i >= words_only and "method.soft_mask=false" not in settings)
+        assert all(math.isfinite(value) for value in line.values())
 
 
 @pytest.mark.parametrize("clean", [True, False])
@@ -297,7 +305,7 @@ def test_torchrun_equals_one_process_with_two_micro_batches(tmp_path):
     two, one = str(tmp_path / "two"), str(tmp_path / "one")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "train.py"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    arguments = [*TINY, *PAIR, "pretrain.lr=1e-4"]
+    arguments = [*TINY, *PAIR, "pretrain.lr=1e-4", WORDS]
     result = subprocess.run([*command, "--out", two, *arguments], cwd=data.HERE, env=environment, capture_output=True,
                             text=True, timeout=200)  # fmt: skip
     assert result.returncode == 0, result.stderr
@@ -314,21 +322,21 @@ def test_torchrun_equals_one_process_with_two_micro_batches(tmp_path):
 def uninterrupted(tmp_path_factory):
     """12 steps, dropout on, in one process without loader workers: the folder."""
     out = tmp_path_factory.mktemp("uninterrupted")
-    assert run(out, "train.py", "--out", out, *TINY, NO_EVALUATION, "model.dropout=0.1").status == 0
+    assert run(out, "train.py", "--out", out, *TINY, NO_EVALUATION, "model.dropout=0.1", WORDS).status == 0
     return out
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_killed_again_and_again(workers, uninterrupted, tmp_path):
     lines = sorted(random.Random(workers).sample(range(2, 12), 3))
-    arguments = [*TINY, NO_EVALUATION, "model.dropout=0.1", f"num_workers={workers}"]
+    arguments = [*TINY, NO_EVALUATION, "model.dropout=0.1", WORDS, f"num_workers={workers}"]
     result = kill_at_lines(tmp_path, arguments, lines)
     assert result.status == 0 and "goes on from step" in result.out, result.err
     assert_same_run(tmp_path, uninterrupted)
 
 
 def test_two_processes_killed(tmp_path):
-    arguments = [*TINY, NO_EVALUATION, "pretrain.batch_size=4", "model.dropout=0.1"]
+    arguments = [*TINY, NO_EVALUATION, "pretrain.batch_size=4", "model.dropout=0.1", WORDS]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     killed.mkdir()
     assert run(tmp_path, "train.py", "--out", whole, *arguments, processes=2).status == [0, 0]
@@ -338,7 +346,7 @@ def test_two_processes_killed(tmp_path):
 
 
 def test_evaluation_while_training_changes_no_bit(uninterrupted, tmp_path):
-    arguments = [*TINY, NO_EVALUATION, "model.dropout=0.1", "eval_every_steps=5"]
+    arguments = [*TINY, NO_EVALUATION, "model.dropout=0.1", WORDS, "eval_every_steps=5"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     killed.mkdir()
     assert run(tmp_path, "train.py", "--out", whole, *arguments).status == 0
@@ -363,7 +371,7 @@ def test_the_same_command_twice_gives_the_same_bits_and_figures(processes, tmp_p
 
 @pytest.mark.parametrize("moment", ["fsync", "replace"])
 def test_killed_while_a_checkpoint_is_written(moment, uninterrupted, tmp_path):
-    arguments = ["--out", tmp_path, *TINY, NO_EVALUATION, "model.dropout=0.1"]
+    arguments = ["--out", tmp_path, *TINY, NO_EVALUATION, "model.dropout=0.1", WORDS]
     program = tmp_path / "program.py"
     program.write_text(
         "import os, signal, sys, train\n"
