@@ -678,7 +678,8 @@ def draw_curves(logs, names, path, width=900, height=330):
     logs: of each run the lines of its log.jsonl; names: of the runs, each lighter than the one before. Written as PNG.
     """
     sheet, font = Image.new("RGB", (2 * width, 2 * height), "white"), ImageFont.load_default(26)  # halved at the end
-    pen, colors = ImageDraw.Draw(sheet), ((31, 119, 180), (214, 39, 40), (255, 127, 14), (44, 160, 44))
+    pen = ImageDraw.Draw(sheet)
+    colors = (31, 119, 180), (214, 39, 40), (255, 127, 14), (44, 160, 44), (148, 103, 189)
     rounds = [digit * 10.0**power for power in range(-4, 15) for digit in (1, 2, 5)]
     fields = dict.fromkeys(name for log in logs for line in log for name in line)
     panels = [("loss, logarithmic", [name for name in fields if name.startswith("loss_")]),
@@ -708,7 +709,7 @@ def draw_curves(logs, names, path, width=900, height=330):
         pen.text(((left + right) / 2, bottom + 52), "pairs seen", "black", font, "mt")
         pen.text((left, 18), title, "black", font)
         for i, run, points in reversed(curves):
-            color = tuple(round(255 - (255 - part) * (1 - 0.65 * run / len(logs))) for part in colors[i % 4])
+            color = tuple(round(255 - (255 - part) * (1 - 0.65 * run / len(logs))) for part in colors[i % 5])
             parts = np.array_split(points, min(len(points), 200))  # more would be a band, not a line
             points = [place(*np.mean(part, axis=0)) for part in parts]
             pen.line(points, color, 5, "curve")
@@ -716,7 +717,7 @@ def draw_curves(logs, names, path, width=900, height=330):
                 pen.ellipse([x - 6, y - 6, x + 6, y + 6], color)
         legend = right
         for i, name in reversed(list(enumerate(shown))):
-            pen.text((legend, 18), name.removeprefix("loss_"), colors[i % 4], font, "ra")
+            pen.text((legend, 18), name.removeprefix("loss_"), colors[i % 5], font, "ra")
             legend -= pen.textlength(name.removeprefix("loss_"), font) + 30
     if len(logs) > 1:
         pen.text((20, 2 * height - 40), f"dark to light: {', '.join(names)}", "black", font)
