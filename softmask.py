@@ -666,9 +666,18 @@ class PretrainModel(TaskModel):
         """Keep the temperature in [0.001, 0.5]: before each forward pass. [ALBEF]"""
         self.temp.clamp_(0.001, 0.5)
 
+    def words_losses(self, image, input_ids, word_ids):
+        """The loss {words} of the image encoder alone, for one that no DeiT has taught [ours; not the paper's].
+
+        image (B, 3, S, S), normalised; input_ids, word_ids (B, L): of tokenize.
+        """
+        words = self.encoders.text.embeddings["word"].weight, self.encoders.mlm_head.bias
+        logits = F.linear(self.encoders.encode_image(image)[:, 1:], *words)  # (B, N, V)
+        return {"words": words_loss(logits, input_ids, word_ids)}
+
     def forward(
         self, image, input_ids, attention_mask, masked_ids, mlm_labels, word_ids, image_ids, alpha, generator=None,
-        clean_image=None, words_only=False,
+        clean_image=None,
     ):  # fmt: skip
         """Losses {itc, itm, soft_itm, mlm} of one batch, statistics for the log, and the arguments for enqueue.
 
@@ -676,13 +685,8 @@ class PretrainModel(TaskModel):
         mlm_labels (B, L): of mask_text; image_ids (B,), or None: each pair its own; alpha: weight of twin's targets.
         clean_image (B, 3, S, S), normalised, undistorted: the twin reads it and clean text, masked text for MLM alone;
         None: it reads what the student reads [ours: the paper's way is unknown].
-        words_only: loss {words} alone, of the image encoder, and nothing to enqueue [ours; not the paper's].
         """
         student, twin = self.encoders, self.encoders_m
-        if words_only:
-            words = student.text.embeddings["word"].weight, student.mlm_head.bias
-            logits = F.linear(student.encode_image(image)[:, 1:], *words)  # (B, N, V)
-            return {"words": words_loss(logits, input_ids, word_ids)}, {}, None
         own = torch.arange(len(image), device=image.device)
         masked = mlm_labels != -100
         text_ids = masked_ids if self.mask_text_for == "all" else input_ids  # [paper] Fig. 2: the masked text enters

@@ -90,8 +90,8 @@ def parameter_groups(model, task) -> list[dict]:
         if parameter.requires_grad:
             spare = parameter.ndim < 2 or name.endswith(("pos_embed", "cls_token", "position.weight"))
             part = "temp" if name == "temp" else "vision" if name.startswith("encoders.vision.") else "others"
-            matrix = parameter.ndim == 2 and (".blocks." in name or ".layers." in name)
-            muon = task.muon_lr is not None and (matrix or name.endswith("patch_embed.weight"))
+            matrix = parameter.ndim > 1 and any(kind in name for kind in (".blocks.", ".layers.", ".patch_embed."))
+            muon = task.muon_lr is not None and matrix
             groups.setdefault((part, 0.0 if spare else task.weight_decay, muon), []).append(parameter)
     return [
         {"params": parameters, "weight_decay": decay, "muon": muon,
@@ -191,7 +191,7 @@ def pretrain_losses(model, image, batch, config, special, alpha, generator):
 def task_losses(task_name, model, batch, config, special, alpha, seeds, words_only=False):
     """The losses of a batch on its device, statistics for the log, and features for the queue, or None.
 
-    seeds: what all draws for this micro-batch depend on. words_only: of PretrainModel.forward.
+    seeds: what all draws for this micro-batch depend on. words_only: those of PretrainModel.words_losses.
     """
     device = batch["image"].device
     torch.manual_seed(data.hash63("dropout", *seeds))
@@ -202,7 +202,7 @@ def task_losses(task_name, model, batch, config, special, alpha, seeds, words_on
     image, text = softmask.normalize(image), (batch["input_ids"], batch["attention_mask"])
     with evaluation.autocast(config, device):
         if words_only:
-            return model(image, *text, None, None, batch["word_ids"], None, alpha, words_only=True)
+            return model.words_losses(image, batch["input_ids"], batch["word_ids"]), {}, None
         if task_name in ("retrieval", "grounding"):
             nothing_masked = torch.full_like(batch["input_ids"], -100)
             masking = batch["input_ids"], nothing_masked, batch["word_ids"]
@@ -246,9 +246,10 @@ def train(model, optimizer, loader, config, task, run):
             batch = {k: v.to(device, non_blocking=True) for k, v in batch.items() if isinstance(v, torch.Tensor)}
             seeds = (config.seed, step, evaluation.rank() * task.accumulation + micro)
             last = micro == task.accumulation - 1
-            with contextlib.nullcontext() if last and not words_only or world == 1 else wrapped.no_sync():
+            called = model if words_only else wrapped
+            with contextlib.nullcontext() if last or world == 1 else wrapped.no_sync():
                 losses, stats, features_m = task_losses(
-                    run.task_name, wrapped, batch, config, run.special, alpha, seeds, words_only
+                    run.task_name, called, batch, config, run.special, alpha, seeds, words_only
                 )
                 loss = sum(losses.values())
                 values.append({"loss": loss} | {f"loss_{name}": value for name, value in losses.items()} | stats)
@@ -256,7 +257,7 @@ def train(model, optimizer, loader, config, task, run):
                 finite = sum(values[-1].values()).isfinite()
                 (loss / task.accumulation * torch.where(finite, 1.0, math.nan)).backward()
             features.append(features_m)
-        if words_only and world > 1:  # DistributedDataParallel would wait for the gradients of the rest
+        if words_only and world > 1:  # without DistributedDataParallel: it would wait for the gradients of the rest
             for parameter in trained:
                 if parameter.grad is not None:
                     dist.all_reduce(parameter.grad.div_(world))

@@ -193,7 +193,7 @@ def test_last_fusion_layer_is_allowed_without_soft_mask():
     data.load_config("scenes", ["model.fusion_layers=1", "method.soft_mask=false"])
 
 
-def test_the_head_that_reads_the_patches_takes_their_width():
+def test_the_word_embeddings_that_read_the_patches_have_their_width():
     data.load_config("scenes", ["method.words_first=0", "model.vision_width=64"])
     with pytest.raises(data.InputError, match="method.words_first needs a model.vision_width equal to model.text_width"):
         data.load_config("scenes", ["model.vision_width=64"])

@@ -758,16 +758,21 @@ def test_words_loss_by_hand():
     assert (gradient[:, :, [0, 4]] == 0).all()
 
 
-def test_words_only_teaches_the_image_encoder_and_the_word_embeddings_alone():
+def test_words_losses_teach_the_image_encoder_and_the_word_embeddings_alone():
     model, batch = make_model(sizes={"vision_width": 24}), make_batch()
-    losses, stats, features = model(**batch, words_only=True)
-    assert list(losses) == ["words"] and stats == {} and features is None
-    again, _, _ = model(batch["image"], batch["input_ids"], None, None, None, batch["word_ids"], None, 0.4, words_only=True)
-    assert again["words"] == losses["words"]  # image and clean caption are all that it reads
+    losses = model.words_losses(batch["image"], batch["input_ids"], batch["word_ids"])
+    assert list(losses) == ["words"]
     losses["words"].backward()
     reached = {name for name, p in model.named_parameters() if p.grad is not None}
     vision = {name for name, _ in model.named_parameters() if name.startswith("encoders.vision.")}
     assert reached == vision | {"encoders.text.embeddings.word.weight", "encoders.mlm_head.bias"}
+
+
+def test_words_loss_of_captions_without_a_word():
+    logits = randn(2, 3, 5).requires_grad_()
+    loss = softmask.words_loss(logits, torch.zeros(2, 4, dtype=torch.long), torch.full((2, 4), -1))
+    loss.backward()
+    assert loss == 0 and (logits.grad == 0).all()
 
 
 def test_itm_accuracy():
