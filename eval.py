@@ -776,18 +776,22 @@ def headline(metrics: dict) -> dict[str, float]:
             found[name] = (metrics[kind]["txt_r1"] + metrics[kind]["img_r1"]) / 2
     found |= {f"foils: {kind}": values["accuracy"] for kind, values in metrics.get("foils", {}).items()}
     pointing = metrics.get("pointing", {})
-    found |= {f"pointing: {name}": pointing[name] for name in ("hit_own", "hit_other", "mass_own", "mass_other") if pointing}
+    shown = ("hit_own", "hit_other", "ratio", "mass_own", "mass_other")
+    found |= {f"pointing: {name}": pointing[name] for name in shown if name in pointing}
     aside = re.compile("standard_error|majority|chance|uniform")  # that say how good a figure is
     return found | {name: value for name, value in metrics.items() if isinstance(value, float) and not aside.search(name)}
 
 
 def read_run(file) -> dict:
-    """What a metrics.json holds, settings flat and without those of other tasks."""
+    """What a metrics.json holds, settings flat and without those of other tasks; a start named by the seed: SEED."""
     run = data.read_json(file)
     if not isinstance(run, dict) or not {"task", "seed", "step", "settings", "metrics"} <= run.keys():
         raise data.InputError(f"{file} was not written by train.py: it lacks task, seed, step, settings or metrics")
     own = {name: part for name, part in run["settings"].items() if name == run["task"] or name not in data.TASKS}
-    return run | {"settings": flatten(own)}
+    settings = flatten(own)
+    if isinstance(start := settings.get(f"{run['task']}.start"), str):
+        settings[f"{run['task']}.start"] = re.sub(rf"(?<!\d){run['seed']}(?!\d)", "SEED", start)
+    return run | {"settings": settings}
 
 
 def read_runs(folders) -> dict:

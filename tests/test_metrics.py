@@ -259,6 +259,22 @@ def test_table_takes_settings_that_change_together_as_one(tmp_path, capsys):
     assert lines[-1].startswith("| method.focal_gamma | 2.0 | 0.0 | 1 | -1.0 | ")
 
 
+def test_table_takes_runs_that_start_from_their_own_seed_as_alike(tmp_path, capsys):
+    for seed, r1 in ((1, 10.0), (2, 14.0), (12, 3.0)):
+        write_run(tmp_path / str(seed), seed, r1)
+        file = tmp_path / str(seed) / "metrics.json"
+        run = json.loads(file.read_text())
+        run["settings"]["pretrain"] = {"start": "out/words-12" if seed == 2 else f"out/words-{seed}"}  # 12 is not 2
+        file.write_text(json.dumps(run))
+    evaluation.main(["table", str(tmp_path)])
+    assert capsys.readouterr().out.splitlines()[2:] == [
+        "| pretrain.start | runs | R@1 by ITC | foils: shape |",
+        "| --- | --- | --- | --- |",
+        "| out/words-SEED | 2 | 6.5 ± 4.9 | 13.0 ± 9.9 |",
+        "| out/words-12 | 1 | 14.0 | 28.0 |",
+    ]
+
+
 def test_table_takes_val_where_there_is_no_test():
     val = {"accuracy": 50.0, "items": 4}
     assert evaluation.headline({"val": val, "best_epoch": 2, "test": {}}) == {"accuracy": 50.0}
