@@ -8,13 +8,20 @@ Prints a Markdown table, of each kind of pair the match loss, which is that of a
 told rightly, in percent. The masks: that of the word; that of the pair before in the batch; everywhere its mean.
 Where a word's own mask costs no more than another's, it hides nothing that mattered; where any mask makes matches of false
 pairs, the model has learned to look for the mask.
+
+A second table has the foils of these images that change a word of an object, told apart in percent: in the image as it is,
+and with the other object painted over in the colour of the ground, so that all that the caption says of that is missing.
+Is a model that has met masks better at going by what is left?
 """
 
 import functools
 import os
 import sys
+import tempfile
 
+import numpy as np
 import torch
+from PIL import Image
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import data
@@ -24,15 +31,19 @@ import softmask
 KINDS = ("true", "true, its mask", "true, another's mask", "true, flat mask", "false", "false, the image's mask")
 
 
-def study(folder, count=1000, batch_size=100):
-    """{kind: (loss, share told rightly, %)} of a pre-training checkpoint."""
+def load(folder, batch_size):
+    """Model, tokenize, config and test files of a pre-training checkpoint."""
     model, tokenizer, checkpoint = evaluation.load_for("pretrain", folder, "cpu")
-    model.eval()
     settings = checkpoint["config"] | {"eval": checkpoint["config"]["eval"] | {"batch_size": batch_size}}
     config = data.resolve_scenes(data.config_from_dict(settings, folder))
-    files = config.data.retrieval_sets[config.data.retrieval]
-    rows = [row | {"caption": row["caption"][0]} for row in data.read_json(files.test)[:count]]
     tokenize = functools.partial(softmask.tokenize, tokenizer, max_tokens=config.pretrain.max_tokens)
+    return model.eval(), tokenize, config, config.data.retrieval_sets[config.data.retrieval]
+
+
+def study(folder, count=1000, batch_size=100):
+    """{kind: (loss, share told rightly, %)} of a pre-training checkpoint."""
+    model, tokenize, config, files = load(folder, batch_size)
+    rows = [row | {"caption": row["caption"][0]} for row in data.read_json(files.test)[:count]]
     encoders, generator = model.encoders, torch.Generator().manual_seed(0)
     logits = {kind: [] for kind in KINDS}
     for _, images, (tokens,) in evaluation.pair_batches(rows, files.image_root, tokenize, config, "cpu", ["caption"]):
@@ -67,10 +78,43 @@ def study(folder, count=1000, batch_size=100):
     return result
 
 
+def other_boxes(foil, scene):
+    """Boxes (x, y, width, height) of the objects that a foil says nothing false of; scene: its row of boxes_test.json."""
+    changed = [i for i, words in enumerate(zip(foil["caption"].split(), foil["foil"].split())) if len(set(words)) > 1]
+    return [item["box"] for item in scene["objects"] if not set(changed) & set(item["attribute_indices"].values())]
+
+
+def paint_over(image, boxes):
+    """An image (h, w, 3) uint8 with boxes filled in its median colour, that of the ground."""
+    image, ground = image.copy(), np.median(image, axis=(0, 1))
+    for x, y, width, height in boxes:
+        image[y : y + height, x : x + width] = ground
+    return image
+
+
+def foils_alone(folder, count=1000):
+    """{kind: (told apart, told apart with the other object painted over), %} of a pre-training checkpoint."""
+    model, tokenize, config, files = load(folder, 100)
+    scenes = {row["image"]: row for row in data.read_json(config.data.grounding_boxes)[:count]}
+    rows = [row for row in data.read_json(config.data.foils) if row["image"] in scenes and row["kind"] != "relation"]
+    whole = evaluation.foil_metrics(model, tokenize, rows, files.image_root, config)
+    with tempfile.TemporaryDirectory() as painted:
+        for i, row in enumerate(rows):
+            image = np.asarray(data.read_image(data.join_image_path(files.image_root, row["image"])))
+            image = paint_over(image, other_boxes(row, scenes[row["image"]]))
+            rows[i] = row | {"image": f"{i}.png"}
+            Image.fromarray(image).save(os.path.join(painted, rows[i]["image"]))
+        alone = evaluation.foil_metrics(model, tokenize, rows, painted, config)
+    return {kind: (whole[kind]["accuracy"], alone[kind]["accuracy"]) for kind in whole}
+
+
 if __name__ == "__main__":
-    rows = []
+    masks, foils = [], []
     with evaluation.one_line_errors():
         for folder in sys.argv[1:] or ["out/scenes/pretrain"]:
-            cells = [f"{loss:.3f}; {right:.1f}" for loss, right in study(folder).values()]
-            rows.append([os.path.basename(os.path.normpath(folder)), *cells])
-    print(evaluation.markdown(["run", *KINDS], rows))
+            name = os.path.basename(os.path.normpath(folder))
+            masks.append([name] + [f"{loss:.3f}; {right:.1f}" for loss, right in study(folder).values()])
+            found = foils_alone(folder)
+            foils.append([name] + [f"{share:.1f}" for shares in found.values() for share in shares])
+    print(evaluation.markdown(["run", *KINDS], masks), end="\n\n")
+    print(evaluation.markdown(["run", *(kind + end for kind in found for end in ("", ", alone"))], foils))

@@ -1,5 +1,6 @@
 """tests/mask_study.py scores the pairs and masks that it says."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -28,3 +29,17 @@ def test_plain_losses_are_those_of_match_and_a_mask_of_nothing_changes_nothing(t
     everything = mask_study.study(trained.out, count=10, batch_size=10)
     assert everything["true, its mask"] == everything["true, another's mask"] == everything["true, flat mask"]
     assert everything["true, its mask"][0] != pytest.approx(found["true"][0], rel=1e-3)
+
+
+def test_foils_alone_paint_over_the_object_that_stays_true(trained):
+    scene = {"objects": [{"attribute_indices": {"size": 1, "shape": 3}, "box": [1, 0, 2, 1]},
+                         {"attribute_indices": {"size": 6, "shape": 8}, "box": [0, 2, 1, 2]}]}  # fmt: skip
+    foil = {"caption": "a small red ring above a large blue star", "foil": "a small red ring above a small blue star"}
+    assert mask_study.other_boxes(foil, scene) == [[1, 0, 2, 1]]
+    image = np.zeros((4, 4, 3), np.uint8) + 9
+    image[0, 1:3], image[2:4, 0] = 200, 100
+    painted = mask_study.paint_over(image, [[1, 0, 2, 1]])
+    assert (painted[0] == 9).all() and (painted[2:4, 0] == 100).all() and (image[0, 1:3] == 200).all()
+    found = mask_study.foils_alone(trained.out, count=10)
+    assert set(found) == {"color", "shape", "size"}
+    assert all(0 <= share <= 100 for shares in found.values() for share in shares)
