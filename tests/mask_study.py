@@ -9,7 +9,7 @@ told rightly, in percent. The masks: that of the word; that of the pair before i
 Where a word's own mask costs no more than another's, it hides nothing that mattered; where any mask makes matches of false
 pairs, the model has learned to look for the mask.
 
-A second table has the foils of these images that change a word of an object, told apart in percent: in the image as it is,
+A second table, of the scenes, has the foils of these images that change a word of an object, told apart in percent: in the image as it is,
 and with the other object painted over in the colour of the ground, so that all that the caption says of that is missing.
 Is a model that has met masks better at going by what is left?
 """
@@ -31,6 +31,7 @@ import softmask
 KINDS = ("true", "true, its mask", "true, another's mask", "true, flat mask", "false", "false, the image's mask")
 
 
+@functools.lru_cache(1)  # both tables are of the same
 def load(folder, batch_size):
     """Model, tokenize, config and test files of a pre-training checkpoint."""
     model, tokenizer, checkpoint = evaluation.load_for("pretrain", folder, "cpu")
@@ -93,8 +94,10 @@ def paint_over(image, boxes):
 
 
 def foils_alone(folder, count=1000):
-    """{kind: (told apart, told apart with the other object painted over), %} of a pre-training checkpoint."""
+    """{kind: (told apart, told apart with the other object painted over), %} of a pre-training checkpoint; {} where there are no foils."""
     model, tokenize, config, files = load(folder, 100)
+    if config.data.foils is None or config.data.grounding_boxes is None:
+        return {}
     scenes = {row["image"]: row for row in data.read_json(config.data.grounding_boxes)[:count]}
     rows = [row for row in data.read_json(config.data.foils) if row["image"] in scenes and row["kind"] != "relation"]
     whole = evaluation.foil_metrics(model, tokenize, rows, files.image_root, config)
@@ -109,12 +112,14 @@ def foils_alone(folder, count=1000):
 
 
 if __name__ == "__main__":
-    masks, foils = [], []
+    masks, foils = [], {}
     with evaluation.one_line_errors():
         for folder in sys.argv[1:] or ["out/scenes/pretrain"]:
             name = os.path.basename(os.path.normpath(folder))
             masks.append([name] + [f"{loss:.3f}; {right:.1f}" for loss, right in study(folder).values()])
-            found = foils_alone(folder)
-            foils.append([name] + [f"{share:.1f}" for shares in found.values() for share in shares])
-    print(evaluation.markdown(["run", *KINDS], masks), end="\n\n")
-    print(evaluation.markdown(["run", *(kind + end for kind in found for end in ("", ", alone"))], foils))
+            if found := foils_alone(folder):
+                header = "run", *(kind + end for kind in found for end in ("", ", alone"))
+                foils.setdefault(header, []).append([name] + [f"{share:.1f}" for shares in found.values() for share in shares])
+    print(evaluation.markdown(["run", *KINDS], masks))
+    for header, rows in foils.items():
+        print("\n" + evaluation.markdown(list(header), rows))

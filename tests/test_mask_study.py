@@ -1,5 +1,7 @@
 """tests/mask_study.py scores the pairs and masks that it says."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -43,3 +45,10 @@ def test_foils_alone_paint_over_the_object_that_stays_true(trained):
     found = mask_study.foils_alone(trained.out, count=10)
     assert set(found) == {"color", "shape", "size"}
     assert all(0 <= share <= 100 for shares in found.values() for share in shares)
+
+
+def test_without_foils_there_is_no_second_table(trained, monkeypatch):
+    model, tokenize, config, files = mask_study.load(trained.out, 100)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, foils=None))
+    monkeypatch.setattr(mask_study, "load", lambda *_: (model, tokenize, config, files))
+    assert mask_study.foils_alone(trained.out) == {}
