@@ -9,12 +9,16 @@ told rightly, in percent. The masks: that of the word; that of the pair before i
 Where a word's own mask costs no more than another's, it hides nothing that mattered; where any mask makes matches of false
 pairs, the model has learned to look for the mask.
 
-A second table, of the scenes, has the foils of these images that change a word of an object, told apart in percent: in the image as it is,
-and with the other object painted over in the colour of the ground, so that all that the caption says of that is missing.
-Is a model that has met masks better at going by what is left?
+A second table, of the scenes, has the foils of these images that change a word of an object, told apart in percent: in the
+image as it is, and with the other object painted over in the colour of the ground, so that all that the caption says of
+that is missing. Is a model that has met masks better at going by what is left?
+
+The shares that are told rightly, and those of the foils alone, go into the metrics.json beside the checkpoint too, so that
+`python eval.py table` has their means over seeds and what each setting does to them.
 """
 
 import functools
+import json
 import os
 import sys
 import tempfile
@@ -111,15 +115,30 @@ def foils_alone(folder, count=1000):
     return {kind: (whole[kind]["accuracy"], alone[kind]["accuracy"]) for kind in whole}
 
 
-if __name__ == "__main__":
-    masks, foils = [], {}
-    with evaluation.one_line_errors():
-        for folder in sys.argv[1:] or ["out/scenes/pretrain"]:
-            name = os.path.basename(os.path.normpath(folder))
-            masks.append([name] + [f"{loss:.3f}; {right:.1f}" for loss, right in study(folder).values()])
-            if found := foils_alone(folder):
-                header = "run", *(kind + end for kind in found for end in ("", ", alone"))
-                foils.setdefault(header, []).append([name] + [f"{share:.1f}" for shares in found.values() for share in shares])
-    print(evaluation.markdown(["run", *KINDS], masks))
-    for header, rows in foils.items():
+def add_to_metrics(folder, masks, foils):
+    """Put the shares of study and foils_alone into the metrics.json of a run, where there is one, as figures of their own."""
+    path = os.path.join(folder, "metrics.json")
+    if os.path.exists(path):
+        run = data.read_json(path)
+        run["metrics"] |= {f"told: {kind}": share for kind, (_, share) in masks.items()}
+        run["metrics"] |= {f"foils alone: {kind}": share for kind, (_, share) in foils.items()}
+        data.write_atomically(path, json.dumps(run, indent=1).encode())
+
+
+def main(folders):
+    lines, tables = [], {}
+    for folder in folders:
+        name, masks, foils = os.path.basename(os.path.normpath(folder)), study(folder), foils_alone(folder)
+        lines.append([name] + [f"{loss:.3f}; {right:.1f}" for loss, right in masks.values()])
+        if foils:
+            header = "run", *(kind + end for kind in foils for end in ("", ", alone"))
+            tables.setdefault(header, []).append([name] + [f"{share:.1f}" for shares in foils.values() for share in shares])
+        add_to_metrics(folder, masks, foils)
+    print(evaluation.markdown(["run", *KINDS], lines))
+    for header, rows in tables.items():
         print("\n" + evaluation.markdown(list(header), rows))
+
+
+if __name__ == "__main__":
+    with evaluation.one_line_errors():
+        main(sys.argv[1:] or ["out/scenes/pretrain"])

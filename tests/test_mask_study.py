@@ -1,12 +1,15 @@
 """tests/mask_study.py scores the pairs and masks that it says."""
 
 import dataclasses
+import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
 
 import data
+import eval as evaluation
 import mask_study
 import softmask
 from commands import scenes_folder
@@ -52,3 +55,18 @@ def test_without_foils_there_is_no_second_table(trained, monkeypatch):
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, foils=None))
     monkeypatch.setattr(mask_study, "load", lambda *_: (model, tokenize, config, files))
     assert mask_study.foils_alone(trained.out) == {}
+
+
+def test_the_shares_stand_in_the_table_of_runs(trained, tmp_path, monkeypatch, capsys):
+    shutil.copytree(trained.out, tmp_path / "run")
+    before = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    monkeypatch.setattr(mask_study, "study", lambda folder: {"true": (0.5, 87.5), "false": (0.7, 62.5)})
+    monkeypatch.setattr(mask_study, "foils_alone", lambda folder: {"shape": (91.0, 71.0)})
+    mask_study.main([str(tmp_path / "run")])
+    printed = capsys.readouterr().out
+    assert "| run | 0.500; 87.5 | 0.700; 62.5 |" in printed and "| run | 91.0 | 71.0 |" in printed
+    after = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    added = {"told: true": 87.5, "told: false": 62.5, "foils alone: shape": 71.0}
+    assert after["metrics"] == before["metrics"] | added and after["settings"] == before["settings"]
+    [(_, _, figures)] = evaluation.read_runs([tmp_path])["pretrain"]
+    assert figures["foils alone: shape"] == 71.0 and figures["told: true"] == 87.5
