@@ -11,7 +11,7 @@ Every formula and number carries the mark of its source:
 Symbols
   B pairs in a batch     L text tokens       N image patches (an image is 1 + N tokens: [CLS] first)
   D width of a state     H attention heads   P width of the contrastive space   K entries of a queue
-  R rows of a fusion pass (a row is one text with one image)   I images   F fusion layers   V vocabulary
+  R rows of a fusion pass (a row is one text with one image)   I images   V vocabulary
   image_embeds, text_embeds   token states (B, 1 + N, D), (B, L, D)
   image_feat, text_feat       projected, L2-normalised [CLS] states (B, P); _m: of the momentum twin
   sim_i2t, sim_t2i            similarities over temperature, image to text and text to image
@@ -132,7 +132,7 @@ class Mlp(nn.Module):
 
 # Image encoder
 class VisionBlock(nn.Module):
-    """Pre-norm transformer layer. [ALBEF] Copy with: Attention, Mlp."""
+    """Pre-norm transformer layer. [ALBEF] Copy with: Attention, GeluLinear, Mlp."""
 
     def __init__(self, dim: int, num_heads: int):
         super().__init__()
@@ -150,7 +150,7 @@ class VisionBlock(nn.Module):
 class VisionTransformer(nn.Module):
     """ViT: image (B, 3, S, S), normalised, to token states (B, 1 + N, D), [CLS] first, patches row by row. [ALBEF]
 
-    Copy with: Attention, Mlp, VisionBlock, sincos_pos_embed, init_weights.
+    Copy with: Attention, GeluLinear, Mlp, VisionBlock, sincos_pos_embed, init_weights.
     """
 
     def __init__(self, image_size: int, patch_size: int, width: int, num_layers: int, num_heads: int):
@@ -217,7 +217,7 @@ def text_init_std(width: int) -> float:
 
 # Text encoder, fusion encoder
 class TextLayer(nn.Module):
-    """Post-norm BERT layer; with image_dim it has cross-attention too. [ALBEF] xbert.py. Copy with: Attention, Mlp."""
+    """Post-norm BERT layer, with image_dim cross-attention too. [ALBEF] Copy with: Attention, GeluLinear, Mlp."""
 
     def __init__(self, dim: int, num_heads: int, dropout: float, image_dim: int | None = None):
         super().__init__()
@@ -252,7 +252,7 @@ class TextLayer(nn.Module):
         probs = None
         keys, values = self.self_attention.keys_values(x)
         if cls_only:
-            x = x[:, :1]  # (R, L, D) -> (R, 1, D)
+            x, mask = x[:, :1], mask[:, :, :1]  # (R, L, D) -> (R, 1, D)
         x = self.self_norm(x + self.dropout(self.self_attention(x, keys, values, mask)[0]))
         if keys_values is not None:
             # On a CPU done again in backward, for 1 % of a step: copies and probabilities were a sixth of its memory.
@@ -267,7 +267,7 @@ class TextLayer(nn.Module):
 class TextEncoder(nn.Module):
     """Embeddings and lower layers of BERT: input_ids (B, L) to token states (B, L, D). [ALBEF]
 
-    Copy with: Attention, Mlp, TextLayer, init_weights, text_init_std.
+    Copy with: Attention, GeluLinear, Mlp, TextLayer, init_weights, text_init_std.
     """
 
     def __init__(self, vocab_size: int, positions: int, width: int, num_layers: int, num_heads: int, dropout: float):
@@ -292,7 +292,7 @@ class TextEncoder(nn.Module):
 
 
 class FusionEncoder(nn.Module):
-    """The multi-modal encoder. [ALBEF] Copy with: Attention, Mlp, TextLayer, init_weights, text_init_std."""
+    """Multi-modal encoder. [ALBEF] Copy with: Attention, GeluLinear, Mlp, TextLayer, init_weights, text_init_std."""
 
     def __init__(self, width: int, image_dim: int, num_layers: int, num_heads: int, dropout: float, images_per_text=1):
         """images_per_text: with 2 (NLVR2) each layer is a pair that shares its key and value projections. [ALBEF]"""
@@ -364,7 +364,7 @@ class MlmHead(nn.Module):
 class AnswerDecoder(nn.Module):
     """Answers, token by token, from the fused states of a question: causal, reading them by cross-attention. [ALBEF]
 
-    Copy with: Attention, Mlp, TextLayer, TextEncoder, FusionEncoder, MlmHead, init_weights, text_init_std.
+    Copy with: Attention, GeluLinear, Mlp, TextLayer, TextEncoder, FusionEncoder, MlmHead, init_weights, text_init_std.
     """
 
     def __init__(self, vocab_size: int, positions: int, width: int, num_layers: int, num_heads: int, dropout: float):
@@ -523,7 +523,7 @@ def distilled_cross_entropy(logits, logits_m, labels, alpha):
 
 
 def mlm_loss(logits, logits_m, labels, alpha):
-    """Mean of distilled_cross_entropy over the M masked positions, 0 where M is 0; logits (M, V). [ALBEF]"""
+    """Its mean over the M masked positions, 0 if M is 0; logits (M, V). [ALBEF] Copy with: distilled_cross_entropy."""
     return distilled_cross_entropy(logits, logits_m, labels, alpha).sum() / max(len(labels), 1)
 
 
@@ -562,8 +562,9 @@ def word_attention(attention, match_logit):
     attention A (B, H, L, 1 + N), float32, with a graph; match_logit s (B,), its own pair's "match" logit.
     Returns G (B, L, N) float32, detached, finite where ds/dA overflows (fp16). It fills no .grad, so DDP never sees it.
     """
-    (gradient,) = torch.autograd.grad(match_logit.sum(), attention, retain_graph=True)
-    return (attention * gradient.nan_to_num().clamp(0, 1e30)).mean(1)[:, :, 1:].detach()  # (B, H, L, 1 + N) -> (B, L, N)
+    with torch.autocast(attention.device.type, enabled=False):  # which else takes the gradient in bf16
+        (gradient,) = torch.autograd.grad(match_logit.sum(), attention, retain_graph=True)
+    return (attention * gradient.nan_to_num().clamp(0, 1e30)).mean(1)[:, :, 1:].detach()  # to (B, L, N)
 
 
 @torch.no_grad()
@@ -667,7 +668,7 @@ class PretrainModel(TaskModel):
         self.temp.clamp_(0.001, 0.5)
 
     def words_losses(self, image, input_ids, word_ids):
-        """The loss {words} of the image encoder alone, for one that no DeiT has taught [ours; not the paper's].
+        """The loss {words} of the image encoder, word embeddings as its head, where no DeiT taught it. [ours]
 
         image (B, 3, S, S), normalised; input_ids, word_ids (B, L): of tokenize.
         """
@@ -814,8 +815,8 @@ class TextAssignmentModel(TaskModel):
         keys_values = encoders.image_keys_values(image_embeds[left], image_embeds[right])
         fused, _ = encoders.fuse(text_embeds, attention_mask, keys_values, cls_only=True)
         logits = self.ta_head(fused[:, 0])
-        right, kept = logits.argmax(1) == labels, (labels != -100).sum().clamp_min(1)
-        return {"ta": itm_loss(logits, labels)}, {"accuracy": right.sum() / kept}
+        correct, kept = logits.argmax(1) == labels, (labels != -100).sum().clamp_min(1)
+        return {"ta": itm_loss(logits, labels)}, {"accuracy": correct.sum() / kept}
 
 
 class VqaModel(TaskModel):
@@ -1037,7 +1038,7 @@ def clean_question(question: str, max_words: int) -> str:
 
 def load_tokenizer(name):
     """A BERT tokenizer: name is a vocab.txt, its folder, its list of entries, or a name on the hub; else ValueError."""
-    from transformers import AutoTokenizer, BertTokenizer  # here, so that the rest of this module needs torch alone
+    from transformers import AutoTokenizer, BertTokenizer  # here, so that the rest of this module does without
     if isinstance(name, str) and os.path.isdir(name):
         name = os.path.join(name, "vocab.txt")
     if not isinstance(name, str):
@@ -1053,8 +1054,7 @@ def load_tokenizer(name):
         except Exception as error:  # the hub's client raises many kinds
             reason = f"no file here, nor loaded from the hub ({type(error).__name__}); name a vocab.txt"
             raise ValueError(f"tokenizer {name!r}: {reason}") from None
-    absent = {"[PAD]", "[UNK]", "[CLS]", "[MASK]"} - set(entries)
-    if absent:
+    if absent := {"[PAD]", "[UNK]", "[CLS]", "[MASK]"} - set(entries):
         raise ValueError(f"{name} is no BERT vocabulary: it lacks {', '.join(sorted(absent))}")
     if len(set(entries)) < len(entries):
         twice = next(entry for entry in entries if entries.count(entry) > 1)
@@ -1265,8 +1265,7 @@ def load_bert(encoders: Encoders, state: dict) -> list[str]:
     state = rename_albef(state, text_layers=len(encoders.text.layers))
     state = pair_layers({key.removeprefix("encoders."): value for key, value in state.items()}, encoders)
     fresh = ("^vision", "^image_proj", "^text_proj", "cross_attention", "cross_norm", "^cls_head", "^decoder")
-    if not any("mlm_head" in key for key in state):
-        fresh += ("^mlm_head",)
+    fresh += () if any("mlm_head" in key for key in state) else ("^mlm_head",)
     missing = load_weights(encoders, state, fresh)
     if hasattr(encoders, "decoder"):
         start_decoder(encoders)

@@ -1,11 +1,13 @@
 """softmask.py against other implementations, naive loops in double precision, and hand-computed cases."""
 
+import ast
 import collections
 import copy
 import io
 import math
 import os
 import random
+import re
 
 import numpy as np
 import pytest
@@ -976,6 +978,13 @@ def test_rows_in_order_before_rows_with_an_index_equal_single_pairs(layer):
         encoders.fuse(text_embeds, mask, keys_values, torch.tensor([1]), layer)
 
 
+def test_cls_alone_under_a_mask_of_each_token():
+    encoders, mask = make_encoders(), torch.ones(2, 6, 6, dtype=torch.bool).triu()
+    text_embeds, keys_values = randn(2, 6, 24), encoders.image_keys_values(randn(2, 10, 16, seed=1))
+    every, first = (encoders.fusion(text_embeds, mask, keys_values, cls_only=alone)[0] for alone in (False, True))
+    assert_near(first, every[:, :1])
+
+
 def test_attention_of_a_long_query_has_a_row_a_text():
     """(R, H, L, 1 + N) here too, as FusionEncoder.forward says."""
     encoders, mask, index = make_encoders(), torch.ones(4, 6), torch.tensor([0, 0, 1, 1])
@@ -1357,6 +1366,15 @@ def test_bf16_autocast_stays_near_float32(monkeypatch):
         assert runs[1][name].item() == pytest.approx(loss.item(), rel=0.05), name
     assert all(cam.dtype == torch.float32 and cam.isfinite().all() for cam in cams)
     assert (cams[0] - cams[1]).abs().max() <= 0.1 * cams[0].abs().max()
+
+
+def test_the_gradient_of_word_attention_is_float32_under_bf16_autocast(monkeypatch):
+    found, grad = [], torch.autograd.grad
+    monkeypatch.setattr(torch.autograd, "grad", lambda *args, **kwargs: found.append(grad(*args, **kwargs)) or found[-1])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        make_model()(**make_batch())
+    ((gradient,),) = found
+    assert gradient.dtype == torch.float32 and not torch.equal(gradient, gradient.bfloat16().float())
 
 
 # Augmentation
@@ -1836,3 +1854,29 @@ def test_vqa_loss_reaches_every_part():
         gradients = [p.grad for p in getattr(model.encoders, part).parameters() if p.grad is not None]
         assert gradients and max(gradient.abs().max() for gradient in gradients) > 0, part
     assert all(p.grad is None for name in model.unused for p in getattr(model.encoders, name).parameters())
+
+
+def test_what_a_docstring_says_to_copy_is_all_that_is_needed():
+    with open(softmask.__file__, encoding="utf-8") as file:
+        nodes = ast.parse(file.read()).body
+    defined = {node.name: node for node in nodes if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+    for node in nodes:
+        if isinstance(node, ast.Assign):
+            defined |= {name.id: node for target in node.targets for name in ast.walk(target) if isinstance(name, ast.Name)}
+
+    def needed(name):
+        found, new = set(), {name}
+        while new:
+            found |= new
+            parts = [part.id for known in new for part in ast.walk(defined[known]) if isinstance(part, ast.Name)]
+            new = (set(parts) & set(defined)) - found
+        return found - {name}
+
+    listed = {}
+    for name, node in defined.items():
+        documented = ast.get_docstring(node) if not isinstance(node, ast.Assign) else None
+        if lists := re.search(r"Copy with: ([^.]*)\.", " ".join((documented or "").split())):
+            listed[name] = set(lists[1].split(", "))
+    assert {"VisionTransformer", "TextEncoder", "FusionEncoder", "augment_image"} <= set(listed)
+    for name in {name for name in defined if name.endswith("_loss") or name in listed}:
+        assert needed(name) == listed.get(name, set()), name
