@@ -457,7 +457,8 @@ def task_settings(config, task):
 
 
 def evaluation_max_tokens(config, task):
-    """The tokens at which texts are cut in evaluation: ALBEF cuts captions alone. [ALBEF]"""
+    """The tokens at which texts are cut in evaluation: ALBEF cuts captions alone, [ALBEF]; of pre-training where it cut
+    them in training [ours; ALBEF: retrieval's 30]"""
     cut = task in ("pretrain", "retrieval")
     return getattr(config, task).max_tokens if cut else config.model.max_positions
 
@@ -1106,8 +1107,8 @@ class TrainingSet(Dataset):
         """What a record is trained towards. [ALBEF]
 
         dict of VQA: answers, distinct, and answer_weights, the share of the record's answers that are this one, of
-        Visual Genome half of it; of NLVR2 and entailment: label; else image_id: 63 bits of the record's image_id or
-        its path.
+        Visual Genome half of it; of NLVR2 and entailment: label; else image_id: 63 bits of the record's
+        image_id in retrieval, of its path in pre-training, whose files may number their images alike [ours].
         """
         if self.task == "vqa":
             answers = [answer for answer in answers_of(record) if answer.strip()]
@@ -1118,7 +1119,7 @@ class TrainingSet(Dataset):
             return {"answers": distinct, "answer_weights": [scale * answers.count(answer) for answer in distinct]}
         if self.task in ("nlvr2", "entailment"):
             return {"label": label_of(record, self.task)}
-        return {"image_id": hash63(str(record.get("image_id", record["image"])))}
+        return {"image_id": hash63(str(record["image_id" if self.task == "retrieval" else "image"]))}
 
 
 def training_set(config, task):
@@ -1156,14 +1157,14 @@ class ShuffledBatches:
             epoch, step = epoch + 1, 0
 
 
-def make_loader(dataset, batch_sampler, tokenizer, max_tokens, num_workers):
+def make_loader(dataset, batch_sampler, tokenizer, max_tokens, num_workers, pin_memory=False):
     """Make a DataLoader of dict(image (B, 3, S, S) uint8, of NLVR2 (B, 2, 3, S, S); input_ids, attention_mask, word_ids
     (B, L) int64; replaced [(path, reason)]; truncated int, texts cut at max_tokens) and, as the task has them:
     image_ids or labels (B,) int64; answer_ids, answer_mask (A, M) int64 of all answers, answer_question (A,) int64, the
     place of an answer's question in the batch, answer_weights (A,) float32."""
     return DataLoader(dataset, batch_sampler=batch_sampler, num_workers=num_workers, persistent_workers=num_workers > 0,
                       collate_fn=functools.partial(_collate, tokenizer=tokenizer, max_tokens=max_tokens),
-                      worker_init_fn=outlive_signals, pin_memory=torch.cuda.is_available())
+                      worker_init_fn=outlive_signals, pin_memory=pin_memory)
 
 
 def outlive_signals(worker):

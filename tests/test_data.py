@@ -793,10 +793,18 @@ def test_samples_of_entailment_retrieval_and_grounding(pairs, tmp_path):
 def test_image_ids(pairs, tmp_path):
     rows, config = pairs
     rows[0]["image_id"], rows[1]["image_id"], rows[2]["image_id"] = 7, "7", "coco_7"
-    dataset = make_dataset(rows, config, tmp_path / "r.json")
+    rows = [row | {"image_id": row.get("image_id", row["image"])} for row in rows]
+    dataset = make_dataset(rows, config, tmp_path / "r.json", task="retrieval")
     ids = [dataset[0, index]["image_id"] for index in range(4)]
     assert ids[0] == ids[1] and len(set(ids)) == 3 and all(0 <= number < 2 ** 63 for number in ids)
     assert ids[3] == data.hash63("3.png") == 82346550029423253  # half of b2sum -l 64, the same everywhere
+
+
+def test_files_of_pre_training_may_number_their_images_alike(pairs, tmp_path):
+    rows, config = pairs
+    files = [write_json(tmp_path / f"{i}.json", [rows[i] | {"image_id": 7}]) for i in (0, 1)]
+    dataset = data.TrainingSet(data.Records(files, "pretrain"), "pretrain", config, 0)
+    assert [dataset[0, index]["image_id"] for index in (0, 1)] == [data.hash63(rows[i]["image"]) for i in (0, 1)]
 
 
 def take(batches, count):
