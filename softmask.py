@@ -1050,7 +1050,7 @@ def load_tokenizer(name):
         raise ValueError(f"tokenizer {name!r}: no such file")
     else:
         try:
-            return AutoTokenizer.from_pretrained(name)
+            entries = vocabulary(AutoTokenizer.from_pretrained(name))  # lower-cased below, as from a checkpoint
         except Exception as error:  # the hub's client raises many kinds
             reason = f"no file here, nor loaded from the hub ({type(error).__name__}); name a vocab.txt"
             raise ValueError(f"tokenizer {name!r}: {reason}") from None

@@ -8,6 +8,7 @@ import math
 import os
 import random
 import re
+import types
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import BertConfig, BertForMaskedLM, BertModel, ViTConfig, ViTModel
+from transformers import BertConfig, BertForMaskedLM, BertModel, BertTokenizer, ViTConfig, ViTModel
 
 import softmask
 
@@ -1645,6 +1646,19 @@ def test_load_tokenizer_reads_a_list_a_file_and_a_folder(tmp_path):
         assert softmask.vocabulary(tokenizer) == VOCABULARY
         assert softmask.tokenize(tokenizer, ["red dogs"], 9)["input_ids"].tolist() == [[2, 6, 7, 9]]
         assert (tokenizer.pad_token_id, tokenizer.cls_token_id, tokenizer.mask_token_id) == (0, 2, 4)
+
+
+def test_a_tokenizer_of_the_hub_is_the_one_that_its_checkpoint_gives(monkeypatch):
+    cased = BertTokenizer(vocab={entry: i for i, entry in enumerate(VOCABULARY)}, do_lower_case=False)
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda name: cased)
+    tokenizer = softmask.load_tokenizer("bert-of-the-hub")
+    again = softmask.load_tokenizer(softmask.vocabulary(tokenizer))
+    for one in (tokenizer, again):
+        assert softmask.tokenize(one, ["Réd dogs"], 9)["input_ids"].tolist() == [[2, 6, 7, 9]]
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda name: types.SimpleNamespace(
+        get_vocab=lambda: {"<s>": 0, "<mask>": 1}))  # fmt: skip
+    with pytest.raises(ValueError, match=r"roberta-base is no BERT vocabulary: it lacks .*\[CLS\]"):
+        softmask.load_tokenizer("roberta-base")
 
 
 @pytest.mark.parametrize("absent", ["[PAD]", "[UNK]", "[CLS]", "[MASK]"])
