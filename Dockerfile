@@ -25,5 +25,6 @@ WORKDIR /app
 COPY softmask.py data.py train.py eval.py config.yaml README.md LICENSE requirements.txt pyproject.toml ./
 COPY tests tests
 USER softmask
-# The quick start, then its figures against those recorded in tests/quick_start.json.
-CMD ["sh", "-c", "python train.py && python eval.py check out/scenes/pretrain"]
+# The quick start, then its figures against those recorded in tests/quick_start.json. The first process of a container gets
+# what `docker stop` sends: the shell hands it on and waits for the checkpoint, with which the next start goes on.
+CMD ["sh", "-c", "trap 'kill -TERM $run; wait $run' TERM INT; python train.py & run=$!; wait $run && python eval.py check out/scenes/pretrain"]
