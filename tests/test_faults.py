@@ -1,10 +1,14 @@
 """Numbers that are not finite, full disks, too little memory, checkpoints that are none: each ends in one clear line."""
 import contextlib
 import errno
+import json
 import math
 import os
 import re
 import shutil
+import signal
+import subprocess
+import time
 import types
 
 import pytest
@@ -426,6 +430,22 @@ def no_memory(*_, tokenizer=None, max_tokens=None):
     raise MemoryError
 
 
+def full_shared_memory(*_, tokenizer=None, max_tokens=None):  # as torch's DataLoader words it
+    raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that dataloader's workers are out "
+                       "of shared memory. Please try to raise your shared memory limit.")  # fmt: skip
+
+
+def killed_worker(*_, tokenizer=None, max_tokens=None):
+    raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+
+
+@pytest.mark.parametrize("fault", [full_shared_memory, killed_worker])
+def test_a_loader_worker_without_memory_says_what_to_change(fault, fails, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "task_losses", fault)
+    line = fails(start, "--out", tmp_path, *SETTINGS)
+    assert line.startswith("out of memory (DataLoader worker (pid 7)") and line.endswith("--shm-size")
+
+
 @pytest.mark.parametrize("in_worker, fault, said", [
     (False, allocate, "allocate memory: you tried to allocate 1152921504606846976 bytes"),
     (True, allocate, "allocate memory: you tried to allocate 1152921504606846976 bytes"),
@@ -458,6 +478,25 @@ def test_out_of_memory_for_the_whole_process(tmp_path, monkeypatch):
     monkeypatch.setenv("RAYON_NUM_THREADS", "64")  # as on a large machine: the tokenizer must not start so many
     result = run(tmp_path, program, "--out", tmp_path / "out", *SETTINGS, sizes, "pretrain.batch_size=96")
     assert result.error.startswith("out of memory (") and "checkpointing=true" in result.error
+
+
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
+def test_the_containers_first_process_hands_on_a_signal_and_waits_for_the_checkpoint(sent, tmp_path):
+    """The shell line of the Dockerfile, with a `python` that takes a second to write its checkpoint."""
+    with open(os.path.join(data.HERE, "Dockerfile"), encoding="utf-8") as file:
+        shell = json.loads(re.search(r"^CMD (.*)$", file.read(), re.MULTILINE)[1])
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\ntrap 'sleep 1; echo $1 >> saved; exit 143' TERM\necho $1 >> begun\nsleep 20 & wait\n")
+    python.chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    process = subprocess.Popen(shell, cwd=tmp_path, env=os.environ | {"PATH": path})
+    for _ in range(100):
+        time.sleep(0.1)
+        if (tmp_path / "begun").exists():
+            break
+    process.send_signal(sent)
+    assert process.wait(10) != 0 and (tmp_path / "saved").read_text() == "train.py\n"
+    assert (tmp_path / "begun").read_text() == "train.py\n"  # nothing is checked of a run that was stopped
 
 
 def test_an_error_of_our_own_keeps_its_traceback():

@@ -520,6 +520,12 @@ def test_resumption_under_changed_settings_is_refused(change, named, finished, t
     assert named in result.error and "--fresh" in result.error and str(finished) in result.error
 
 
+def test_files_of_other_tasks_may_change_before_a_resumption(finished):
+    others = ["data.vqa.test=null", "data.grounding.image_root=elsewhere", "vqa.lr=1e-3"]
+    result = run(finished, "train.py", "--out", finished, *TINY, NO_EVALUATION, *others)
+    assert result.status == 0, result.err
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """12 steps: the folder."""
@@ -630,6 +636,16 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch, capsys):
 def test_bad_command_line_is_one_line(arguments, message, tmp_path):
     result = run(tmp_path, "train.py", "--out", tmp_path, *TINY, *arguments)
     assert message in result.error
+
+
+def test_a_process_without_a_gpu_of_its_own_is_one_line(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert evaluation.resolve_device(types.SimpleNamespace(device="auto")) == torch.device("cuda", 1)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(data.InputError, match="process 2 .* 2"):
+        evaluation.resolve_device(types.SimpleNamespace(device="auto"))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
