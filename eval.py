@@ -59,7 +59,10 @@ def resolve_device(config) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():
         raise data.InputError("device: cuda was asked for, but torch finds no GPU; set device=cpu or auto")
-    return torch.device(name, int(os.environ.get("LOCAL_RANK", 0))) if name == "cuda" else torch.device(name)
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    if name == "cuda" and local >= torch.cuda.device_count():
+        raise data.InputError(f"process {local} has no GPU of its own, torch finds {torch.cuda.device_count()}; start as many")
+    return torch.device(name, local) if name == "cuda" else torch.device(name)
 
 
 def join_processes(config):
@@ -124,25 +127,24 @@ def to_device(tokens, device):
 
 @torch.no_grad()
 def similarities(model, tokenize, paths, captions, config):
-    """Similarities of a gallery by ITC, sim (I, T) float32, and of each text its states (length, D), on the CPU.
+    """Similarities of a gallery by ITC, sim (I, T) float32; the states (T, L, D) of its texts and their lengths (T,).
 
     Images are dealt out to the processes, each encoded once; every process returns all.
     """
-    device, encoders = model.temp.device, model.encoders
+    device, encoders, size = model.temp.device, model.encoders, config.eval.batch_size
     mine = list(range(rank(), len(paths), world_size()))
     image_feat = torch.zeros(len(paths), encoders.image_proj.out_features, device=device)
-    text_feat, text_states = [], []
+    tokens = to_device(tokenize(captions), device)
+    lengths, text_feat, text_embeds = tokens["attention_mask"].sum(1), [], []
     with autocast(config, device):
         for indices, images in image_batches(paths, mine, config, device):
             image_feat[indices] = encoders.image_feat(encoders.encode_image(images))
-        for start in range(0, len(captions), config.eval.batch_size):
-            batch = captions[start : start + config.eval.batch_size]
-            tokens = to_device(tokenize(batch), device)
-            embeds = encoders.encode_text(tokens["input_ids"], tokens["attention_mask"])
+        for ids, mask, length in zip(*(x.split(size) for x in (tokens["input_ids"], tokens["attention_mask"], lengths))):
+            longest = int(length.max())
+            embeds = encoders.encode_text(ids[:, :longest], mask[:, :longest])
             text_feat.append(encoders.text_feat(embeds))
-            lengths = tokens["attention_mask"].sum(1).tolist()
-            text_states += [state[:length] for state, length in zip(embeds.cpu(), lengths)]
-    return share(image_feat) @ torch.cat(text_feat).T, text_states
+            text_embeds.append(torch.nn.functional.pad(embeds, (0, 0, 0, ids.shape[1] - longest)))
+    return share(image_feat) @ torch.cat(text_feat).T, torch.cat(text_embeds), lengths
 
 
 @torch.no_grad()
@@ -157,7 +159,7 @@ def retrieval_scores(model, tokenize, paths, captions, config):
     """
     device, encoders = model.temp.device, model.encoders
     mine = list(range(rank(), len(paths), world_size()))
-    sim, text_states = similarities(model, tokenize, paths, captions, config)
+    sim, text_embeds, lengths = similarities(model, tokenize, paths, captions, config)
     k_text, k_image = min(config.eval.top_k, len(captions)), min(config.eval.top_k, len(paths))
     wanted_i2t = torch.zeros_like(sim, dtype=torch.bool).scatter_(1, sim.topk(k_text, 1).indices, True)
     wanted_t2i = torch.zeros_like(sim, dtype=torch.bool).scatter_(0, sim.topk(k_image, 0).indices, True)
@@ -166,12 +168,13 @@ def retrieval_scores(model, tokenize, paths, captions, config):
         for indices, images in image_batches(paths, mine, config, device):
             image_embeds = encoders.encode_image(images)
             for i, embeds in zip(indices, image_embeds):
-                texts = (wanted_i2t[i] | wanted_t2i[i]).nonzero().flatten()
-                states = [text_states[t] for t in texts.tolist()]
-                mask = torch.nn.utils.rnn.pad_sequence([torch.ones(len(s), device=device) for s in states], True)
-                states = torch.nn.utils.rnn.pad_sequence(states, True).to(device)
-                fused, _ = encoders.fuse(states, mask, encoders.image_keys_values(embeds[None]), cls_only=True)
-                scores[i, texts] = model.itm_head(fused[:, 0])[:, 1].float()
+                keys_values = encoders.image_keys_values(embeds[None])
+                wanted = (wanted_i2t[i] | wanted_t2i[i]).nonzero().flatten()
+                for texts in wanted.split(8 * config.eval.batch_size):  # an image may be in the top k of all texts
+                    mask = torch.arange(lengths[texts].max(), device=device) < lengths[texts, None]
+                    states = text_embeds[texts, : mask.shape[1]]
+                    fused, _ = encoders.fuse(states, mask, keys_values, cls_only=True)
+                    scores[i, texts] = model.itm_head(fused[:, 0])[:, 1].float()
     if world_size() > 1:
         dist.all_reduce(scores, dist.ReduceOp.MAX)
     return sim, scores.masked_fill(~wanted_i2t, -torch.inf), scores.masked_fill(~wanted_t2i, -torch.inf).T
@@ -557,9 +560,9 @@ def evaluate_pretrained(model, tokenizer, config, out, split="test"):
     if rank() > 0:
         return metrics
     has_attention = len(model.encoders.fusion.layers) > 1  # the last fusion layer has none, so an only one has none either
-    if config.data.grounding_boxes is not None and has_attention and split == "test":
-        rows = data.read_json(config.data.grounding_boxes)
-        side = config.data.scenes.image_size
+    boxes, scenes = config.data.grounding_boxes, config.data.scenes
+    if boxes is not None and scenes is not None and has_attention and split == "test":
+        rows, side = data.read_json(boxes), scenes.image_size
         metrics["pointing"] = pointing_metrics(model, tokenize, rows, settings.image_root, side, config)
     if config.eval.pictures and has_attention:
         paths, captions, image_of_text = data.load_retrieval(file, settings.image_root, config.data.max_words)
@@ -584,7 +587,7 @@ def watch_pretraining(tokenizer, config, out):
 
     def watch(model, step):
         model.eval()
-        sim, _ = similarities(model, tokenize, paths, captions, config)
+        sim, *_ = similarities(model, tokenize, paths, captions, config)
         metrics = retrieval_metrics(sim, sim.T, torch.from_numpy(image_of_text).to(sim.device))
         if rank() == 0 and len(model.encoders.fusion.layers) > 1:
             api = softmask.Pretrained(model, tokenizer, max_tokens, config.data.max_words)
@@ -1040,7 +1043,8 @@ def main(arguments):
 
 
 # as torch, CUDA and, without telling it from its other reasons, oneDNN say it
-OUT_OF_MEMORY = "out of memory|allocate (shared )?memory|alloc_failed|bad_alloc|could not create a primitive"
+OUT_OF_MEMORY = ("out of (shared )?memory|allocate (shared )?memory|alloc_failed|bad_alloc|could not create a primitive"
+                 r"|DataLoader worker .* killed by signal: (Bus error|Killed)")  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -1057,6 +1061,8 @@ def one_line_errors():
             if lack or isinstance(error, MemoryError):
                 line = f"out of memory ({(lack or lines)[-1][:200]}); lower batch_size, and raise accumulation instead, or "
                 line += "set checkpointing=true; in evaluation lower eval.batch_size"
+                if "worker" in line or "shared memory" in line:
+                    line += "; of a loader worker: lower num_workers, or in Docker raise --shm-size"
             elif isinstance(error, RuntimeError):
                 raise
         print(f"error: {line}", file=sys.stderr)

@@ -39,7 +39,6 @@ import types
 
 import torch
 from PIL import Image
-from torch.nn.utils.rnn import pad_sequence
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import data
@@ -246,13 +245,14 @@ def measure_rerank(options):
     encoders, length = model.encoders, config.retrieval.max_tokens
     image_embeds = torch.randn(encoders.vision.pos_embed.shape, device=device)
     for texts in TEXTS:
-        states = [torch.randn(length, config.model.text_width) for _ in range(texts)]
+        states = torch.randn(texts, length, config.model.text_width, device=device)
+        chosen, lengths = torch.arange(texts, device=device), torch.full((texts,), length, device=device)
 
         def score():
             with evaluation.autocast(config, device):
-                mask = pad_sequence([torch.ones(len(state), device=device) for state in states], True)
-                embeds = pad_sequence(states, True).to(device)
-                fused, _ = encoders.fuse(embeds, mask, encoders.image_keys_values(image_embeds), cls_only=True)
+                keys_values = encoders.image_keys_values(image_embeds)
+                mask = torch.arange(lengths[chosen].max(), device=device) < lengths[chosen, None]
+                fused, _ = encoders.fuse(states[chosen, : mask.shape[1]], mask, keys_values, cls_only=True)
                 return model.itm_head(fused[:, 0])[:, 1].float()
 
         took = median_seconds(score, device, options.steps)

@@ -76,10 +76,10 @@ def test_scores_that_tell_nothing_get_nothing(value):
     assert set(metrics.values()) == {0.0}
 
 
-@pytest.mark.parametrize("top_k", [3, 100])
-def test_retrieval_scores_are_those_of_single_pairs(top_k, scene):
+@pytest.mark.parametrize("top_k, batch_size", [(3, 4), (100, 4), (100, 1)])  # in the last an image's nine texts are split
+def test_retrieval_scores_are_those_of_single_pairs(top_k, batch_size, scene):
     model, tokenizer, config, folder = scene
-    config = dataclasses.replace(config, eval=data.EvalConfig(batch_size=4, top_k=top_k, answers_top_k=1, pictures=1))
+    config = dataclasses.replace(config, eval=data.EvalConfig(batch_size=batch_size, top_k=top_k, answers_top_k=1, pictures=1))
     paths = [str(folder / "images" / "val" / f"{number:05d}.jpg") for number in range(7)]
     captions = [*CAPTIONS, "a large green square below a small white triangle", *CAPTIONS[:2], "purple", "a cross"]
     sim, scores_i2t, scores_t2i = evaluation.retrieval_scores(model, tokenize_with(tokenizer, config), paths, captions, config)
