@@ -1,6 +1,7 @@
 """Numbers that are not finite, full disks, too little memory, checkpoints that are none: each ends in one clear line."""
 import contextlib
 import errno
+import functools
 import json
 import math
 import os
@@ -489,7 +490,8 @@ def test_the_containers_first_process_hands_on_a_signal_and_waits_for_the_checkp
     python.write_text("#!/bin/sh\ntrap 'sleep 1; echo $1 >> saved; exit 143' TERM\necho $1 >> begun\nsleep 20 & wait\n")
     python.chmod(0o755)
     path = f"{tmp_path}:{os.environ['PATH']}"
-    process = subprocess.Popen(shell, cwd=tmp_path, env=os.environ | {"PATH": path})
+    heard = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a job in the background starts deaf to it
+    process = subprocess.Popen(shell, cwd=tmp_path, env=os.environ | {"PATH": path}, preexec_fn=heard)
     for _ in range(100):
         time.sleep(0.1)
         if (tmp_path / "begun").exists():
