@@ -477,11 +477,11 @@ def test_signal_while_one_process_has_not_begun_to_train(tmp_path):
     program.write_text(
         "import os, signal, sys, time, data, train\n"
         "make = data.make_loader\n"
-        "def wait(*arguments):\n"
+        "def wait(*arguments, **named):\n"
         "    if train.evaluation.rank() == 0:\n"
         "        time.sleep(1)\n"
         "        os.kill(os.getpid(), signal.SIGTERM)\n"
-        "    return make(*arguments)\n"
+        "    return make(*arguments, **named)\n"
         "data.make_loader = wait\n" + STOPPABLE
     )
     command = Command(tmp_path, program, "--out", tmp_path / "out", *TINY, *PAIR, processes=2)
