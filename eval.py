@@ -126,9 +126,10 @@ def to_device(tokens, device):
 
 
 @torch.no_grad()
-def similarities(model, tokenize, paths, captions, config):
+def similarities(model, tokenize, paths, captions, config, keep_states=True):
     """Similarities of a gallery by ITC, sim (I, T) float32; the states (T, L, D) of its texts and their lengths (T,).
 
+    keep_states: without, None for the states, which of COCO 5K are 2.3 GB on the device.
     Images are dealt out to the processes, each encoded once; every process returns all.
     """
     device, encoders, size = model.temp.device, model.encoders, config.eval.batch_size
@@ -143,8 +144,9 @@ def similarities(model, tokenize, paths, captions, config):
             longest = int(length.max())
             embeds = encoders.encode_text(ids[:, :longest], mask[:, :longest])
             text_feat.append(encoders.text_feat(embeds))
-            text_embeds.append(torch.nn.functional.pad(embeds, (0, 0, 0, ids.shape[1] - longest)))
-    return share(image_feat) @ torch.cat(text_feat).T, torch.cat(text_embeds), lengths
+            if keep_states:
+                text_embeds.append(torch.nn.functional.pad(embeds, (0, 0, 0, ids.shape[1] - longest)))
+    return share(image_feat) @ torch.cat(text_feat).T, torch.cat(text_embeds) if keep_states else None, lengths
 
 
 @torch.no_grad()
@@ -587,7 +589,7 @@ def watch_pretraining(tokenizer, config, out):
 
     def watch(model, step):
         model.eval()
-        sim, *_ = similarities(model, tokenize, paths, captions, config)
+        sim, *_ = similarities(model, tokenize, paths, captions, config, keep_states=False)  # beside a training's memory
         metrics = retrieval_metrics(sim, sim.T, torch.from_numpy(image_of_text).to(sim.device))
         if rank() == 0 and len(model.encoders.fusion.layers) > 1:
             api = softmask.Pretrained(model, tokenizer, max_tokens, config.data.max_words)
@@ -785,13 +787,17 @@ def headline(metrics: dict) -> dict[str, float]:
     return found | {name: value for name, value in metrics.items() if isinstance(value, float) and not aside.search(name)}
 
 
+def own_settings(settings: dict, task: str) -> dict:
+    """Less what is named after other tasks."""
+    return {name: part for name, part in settings.items() if name == task or name not in data.TASKS}
+
+
 def read_run(file) -> dict:
     """What a metrics.json holds, settings flat and without those of other tasks; a start named by the seed: SEED."""
     run = data.read_json(file)
     if not isinstance(run, dict) or not {"task", "seed", "step", "settings", "metrics"} <= run.keys():
         raise data.InputError(f"{file} was not written by train.py: it lacks task, seed, step, settings or metrics")
-    own = {name: part for name, part in run["settings"].items() if name == run["task"] or name not in data.TASKS}
-    settings = flatten(own)
+    settings = flatten(own_settings(run["settings"], run["task"]))
     if isinstance(start := settings.get(f"{run['task']}.start"), str):
         settings[f"{run['task']}.start"] = re.sub(rf"(?<!\d){run['seed']}(?!\d)", "SEED", start)
     return run | {"settings": settings}
