@@ -413,9 +413,10 @@ class Run:
 
     def load(self, model, optimizer, checkpoint):
         """Take over a checkpoint of this run; InputError where it was made under other settings."""
-        def own(settings):  # less what other tasks are set to, and which files they read
-            return {name: part for name, part in settings.items() if name == self.task_name or name not in data.TASKS}
-        changed = changed_settings(*(own(s | {"data": own(s["data"])}) for s in (checkpoint["config"], self.settings)))
+        def own(settings):  # neither what other tasks are set to, nor the files that they read
+            part = evaluation.own_settings(settings["data"], self.task_name)
+            return evaluation.own_settings(settings | {"data": part}, self.task_name)
+        changed = changed_settings(own(checkpoint["config"]), own(self.settings))
         if checkpoint["task"] != self.task_name:
             changed.append(f"task: {checkpoint['task']} then, {self.task_name} now")
         for name, key in (("pairs a step", "global_batch"), ("steps, from the number of records", "total_steps")):
@@ -744,8 +745,8 @@ def run_task(task_name, config, settings, out, fresh):
         say(f"{task_name}: {count / 1e6:.1f}M parameters, {len(dataset)} records, {run.total_steps} steps of "
             f"{run.global_batch} pairs, {world} process{'es' * (world > 1)} on {device}, {config.precision}")  # fmt: skip
         sampler = data.ShuffledBatches(len(dataset), *blocks, run.step)
-        on_gpu = device.type == "cuda"
-        loader = data.make_loader(dataset, sampler, tokenizer, task.max_tokens, config.num_workers, pin_memory=on_gpu)
+        pinned = device.type == "cuda"
+        loader = data.make_loader(dataset, sampler, tokenizer, task.max_tokens, config.num_workers, pinned)
         signals.end_at_once(False)
         with contextlib.closing(run):
             train(model, optimizer, loader, config, task, run)
