@@ -523,7 +523,7 @@ def distilled_cross_entropy(logits, logits_m, labels, alpha):
 
 
 def mlm_loss(logits, logits_m, labels, alpha):
-    """Its mean over the M masked positions, 0 if M is 0; logits (M, V). [ALBEF] Copy with: distilled_cross_entropy."""
+    """Mean loss of the M masked positions, 0 if M is 0; logits (M, V). [ALBEF] Copy with: distilled_cross_entropy."""
     return distilled_cross_entropy(logits, logits_m, labels, alpha).sum() / max(len(labels), 1)
 
 
