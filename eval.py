@@ -250,7 +250,8 @@ def pointing_metrics(model, tokenize, rows, image_root, side, config):
     """Word attention of the words that name an object's shape, colour, size against the boxes of its scene. [ours]
 
     rows: of boxes_test.json; side: of the pictures, pixels. Returns of the words of shape the means of pointing() over
-    objects, in percent, objects (their number), and ratio: hit_own / hit_other; and the same of other attributes, by name.
+    objects, in percent, objects (their number), and ratio: hit_own / hit_other, None where that is 0; and the same of
+    other attributes, by name.
     """
     device, grid, results = model.temp.device, model.encoders.vision.grid, {"shape": []}
     for batch, images, (tokens,) in pair_batches(rows, image_root, tokenize, config, device, ["caption"]):
@@ -267,7 +268,7 @@ def pointing_metrics(model, tokenize, rows, image_root, side, config):
     metrics = {}
     for attribute, found in results.items():
         means = {name: 100 * float(np.mean([result[name] for result in found])) for name in found[0]}
-        means["ratio"] = means["hit_own"] / means["hit_other"] if means["hit_other"] else math.inf
+        means["ratio"] = means["hit_own"] / means["hit_other"] if means["hit_other"] else None
         metrics |= {attribute: means | {"objects": len(found)}}
     return metrics.pop("shape") | metrics
 
@@ -536,11 +537,12 @@ def evaluate(task, model, tokenizer, config, split, out):
 
 
 def score(task, metrics) -> float:
-    """The one figure by which the best epoch is chosen: r_mean of the re-ranked, accuracy, or val_d. [ALBEF]"""
+    """The one figure by which the best epoch is chosen: r_mean of the re-ranked, accuracy, or the splits' mean. [ALBEF]"""
     if task == "retrieval":
         return metrics["reranked"]["r_mean"]
     if task == "grounding":
-        return float(np.mean([value for name, value in metrics.items() if name in ("val_d", "testA_d", "testB_d")]))
+        floors = ("chance_", "uniform_")
+        return float(np.mean([value for name, value in metrics.items() if not name.startswith(floors)]))
     return metrics["accuracy"]
 
 
@@ -614,7 +616,8 @@ def format_metrics(metrics: dict) -> str:
         lines.append(f"{'word attention, %':26}{'own box':>9}{'others':>9}{'ratio':>9}{'box area':>10}")
         for name, value in [("shape", g), *g.items()]:
             if isinstance(value, dict):
-                hits = f"{value['hit_own']:9.1f}{value['hit_other']:9.1f}{value['ratio']:9.2f}{value['area_own']:10.1f}"
+                ratio = math.inf if value["ratio"] is None else value["ratio"]
+                hits = f"{value['hit_own']:9.1f}{value['hit_other']:9.1f}{ratio:9.2f}{value['area_own']:10.1f}"
                 lines.append(f"  {name + ', largest patch':24}{hits}")
         lines.append(f"  {'shape, mass':24}{g['mass_own']:9.1f}{g['mass_other']:9.1f}")
     if "foils" in metrics:
@@ -782,7 +785,7 @@ def headline(metrics: dict) -> dict[str, float]:
     found |= {f"foils: {kind}": values["accuracy"] for kind, values in metrics.get("foils", {}).items()}
     pointing = metrics.get("pointing", {})
     shown = ("hit_own", "hit_other", "ratio", "mass_own", "mass_other")
-    found |= {f"pointing: {name}": pointing[name] for name in shown if name in pointing}
+    found |= {f"pointing: {name}": pointing[name] for name in shown if pointing.get(name) is not None}
     aside = re.compile("standard_error|majority|chance|uniform")  # that say how good a figure is
     return found | {name: value for name, value in metrics.items() if isinstance(value, float) and not aside.search(name)}
 

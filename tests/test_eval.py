@@ -5,7 +5,9 @@ import json
 import math
 import os
 import pathlib
+import types
 
+import numpy as np
 import pytest
 import torch
 import torch.nn as nn
@@ -166,7 +168,7 @@ def test_grounding_looks_at_the_pieces_of_the_shape_word(scene, monkeypatch):
     monkeypatch.setattr(softmask, "word_attention", fake_attention)
     right = evaluation.pointing_metrics(model, tokenize_with(tokenizer, config), [row], folder, 32, config)
     assert (right["hit_own"], right["mass_own"], right["hit_other"], right["objects"]) == (100, 100, 0, 2)
-    assert right["ratio"] == math.inf and right["area_own"] == pytest.approx(100 / 16)
+    assert right["ratio"] is None and right["area_own"] == pytest.approx(100 / 16)
     assert (right["color"]["hit_own"], right["color"]["hit_other"], right["color"]["objects"]) == (50, 0, 2)  # red misses
     assert (right["size"]["hit_own"], right["size"]["objects"]) == (0, 1)
     assert right.keys() - {"color", "size"} == right["size"].keys()
@@ -198,10 +200,73 @@ def test_foils_by_hand(scene, monkeypatch):
             assert states.shape == (len(scores), 32)
             return torch.stack([-scores, scores], dim=1)
 
-    monkeypatch.setattr(model, "itm_head", Scores())
+    monkeypatch.setitem(model._modules, "itm_head", Scores())  # setattr would not put the head back: scene is shared
     metrics = evaluation.foil_metrics(model, tokenize_with(tokenizer, config), rows, folder, config)
     assert metrics["color"] == {"accuracy": 50.0, "standard_error": pytest.approx(25.0), "foils": 4}
     assert metrics["shape"]["accuracy"] == 0 and metrics["shape"]["foils"] == 3
+
+
+def test_foils_and_maps_are_those_of_single_pairs(scene, monkeypatch):
+    model, tokenizer, config, folder = scene
+    tokenize = tokenize_with(tokenizer, config)
+    api = softmask.Pretrained(model, tokenizer, config.pretrain.max_tokens, config.data.max_words)
+    rows, above = json.loads((folder / "foils_test.json").read_text())[:16], {}
+    for row in rows:
+        image = data.read_image(folder / row["image"])
+        above.setdefault(row["kind"], []).append(api.match(image, row["caption"])[1] > api.match(image, row["foil"])[1])
+    metrics = evaluation.foil_metrics(model, tokenize, rows, folder, config)
+    assert {kind: values["accuracy"] for kind, values in metrics.items()} == {
+        kind: 100 * sum(values) / len(values) for kind, values in above.items()
+    }
+    assert {value for values in above.values() for value in values} == {True, False}
+
+    rows, seen = rows[::4], []
+    rows[1]["caption"] = "a star"  # shorter than the others: padded
+    monkeypatch.setattr(evaluation, "grounding_accuracy", lambda rows, cams: seen.append(cams))
+    pairs = [{"image": folder / row["image"], "text": row["caption"]} for row in rows]
+    evaluation.ground(model, pairs, tokenize, config)
+    tokens = evaluation.to_device(tokenize([pair["text"] for pair in pairs]), "cpu")
+    images = torch.cat([images for _, images in evaluation.image_batches([p["image"] for p in pairs], range(4), config, "cpu")])
+    cams = evaluation.token_attention(model, images, tokens, config)
+    for cam, averaged, pair, word_ids, mask in zip(cams, seen[0], pairs, tokens["word_ids"], tokens["attention_mask"]):
+        _, maps = api.word_attention(data.read_image(pair["image"]), pair["text"])
+        of_words = torch.stack([cam[word_ids == word].mean(0) for word in range(len(maps))]).unflatten(1, (4, 4))
+        torch.testing.assert_close(of_words, maps, rtol=1e-3, atol=1e-3 * maps.max().item())
+        mean = cam[mask.bool()].mean(0).view(4, 4)
+        torch.testing.assert_close(averaged, mean, rtol=1e-3, atol=1e-3 * mean.max().item())
+
+
+def test_figures_of_the_printed_table_stand_below_their_names():
+    pointing = {"hit_own": 1.0, "hit_other": 0.0, "ratio": None, "area_own": 3.0, "mass_own": 4.0, "mass_other": 5.0}
+    pointing["size"] = {"hit_own": 6.0, "hit_other": 8.0, "ratio": 0.75, "area_own": 9.0}
+    recalls = {f"{way}_r{k}": 10.0 * n + i for n, way in enumerate(("txt", "img")) for i, k in enumerate((1, 5, 10))}
+    text = evaluation.format_metrics({
+        "zero_shot": recalls, "reranked": {name: value + 50 for name, value in recalls.items()}, "pointing": pointing,
+        "foils": {"color": {"accuracy": 60.0, "standard_error": 1.5}}})  # fmt: skip
+    assert [" ".join(line.split()) for line in text.splitlines()] == [
+        "retrieval, % txt_r1 txt_r5 txt_r10 img_r1 img_r5 img_r10 mean R@1",
+        "by ITC 0.0 1.0 2.0 10.0 11.0 12.0 5.0",
+        "re-ranked by ITM 50.0 51.0 52.0 60.0 61.0 62.0 55.0",
+        "word attention, % own box others ratio box area",
+        "shape, largest patch 1.0 0.0 inf 3.0",
+        "size, largest patch 6.0 8.0 0.75 9.0",
+        "shape, mass 4.0 5.0",
+        "foils told apart, % color",
+        "chance 50, ± 1 s.e. 60.0 ± 1.5",
+    ]
+
+
+def test_the_sheet_is_bright_where_the_mask_hides_and_has_each_pairs_score(tmp_path):
+    Image.new("RGB", (40, 40), (100, 100, 100)).save(tmp_path / "0.png")
+    cam, asked = torch.zeros(1, 4, 4), []
+    cam[0, 1, 2] = 3.0
+    api = types.SimpleNamespace(word_attention=lambda image, text: ([text], cam),
+                                match=lambda image, text: asked.append(text) or (0.5, 0.0))  # fmt: skip
+    evaluation.draw_masks(api, [(tmp_path / "0.png", "a"), (tmp_path / "0.png", "b")], tmp_path / "sheet.png")
+    sheet = np.asarray(Image.open(tmp_path / "sheet.png").convert("L"), dtype=float)
+    patches = sheet[24 : 24 + 192, 200 : 200 + 192].reshape(4, 48, 4, 48).mean((1, 3))  # of the first row's second cell
+    assert patches.argmax() == 1 * 4 + 2 and patches[1, 2] > 2 * patches[3, 0]
+    assert asked == ["a", "b"]
 
 
 # Commands

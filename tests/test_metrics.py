@@ -195,6 +195,14 @@ def test_grounding_accuracy_by_hand():
         evaluation.grounding_accuracy(rows, cams[1:])
 
 
+def test_the_figure_that_chooses_the_best_epoch():
+    assert evaluation.score("retrieval", {"itc": {"r_mean": 1.0}, "reranked": {"r_mean": 2.0}}) == 2
+    floors = {"chance_val_d": 9.0, "uniform_val_d": 9.0}
+    assert evaluation.score("grounding", {"val_d": 3.0, "testA_d": 5.0, **floors}) == 4
+    assert evaluation.score("grounding", {"test_d": 3.0, **floors}) == 3  # RefCOCOg's name
+    assert evaluation.score("vqa", {"accuracy": 6.0, "accuracy_count": 9.0, "standard_error": 1.0}) == 6
+
+
 # Classification
 
 
