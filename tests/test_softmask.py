@@ -1265,6 +1265,21 @@ def test_both_attention_paths_drop_probabilities(return_probs):
     assert probs is dropped is None or torch.equal(probs, dropped)  # they are returned as before dropout
 
 
+def test_where_the_student_drops():
+    """BERT's places: the embeddings, and in each layer what attention, cross-attention and MLP add."""
+    model, calls, batch = make_model(sizes={"dropout": 0.5}).train(), collections.Counter(), make_batch()
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.register_forward_hook(lambda *_, name=name: calls.update([name]))
+    image_embeds = model.encoders.encode_image(batch["image"])
+    text_embeds = model.encoders.encode_text(batch["input_ids"], batch["attention_mask"])
+    with torch.no_grad():
+        model.encoders.fuse(text_embeds, batch["attention_mask"], model.encoders.image_keys_values(image_embeds))
+    layers = {"text": 2, "fusion": 3}
+    expected = {f"encoders.{name}.layers.{i}.dropout": n for name, n in layers.items() for i in range(SIZES[f"{name}_layers"])}
+    assert calls == {"encoders.text.dropout": 1} | expected
+
+
 def test_update_twin():
     model = make_model(momentum=0.75)
     student = [p.detach().clone() for p in model.encoders.parameters()]
@@ -1329,6 +1344,18 @@ def test_what_was_never_written_in_the_queues_is_no_negative():
     assert all(torch.equal(losses[0][name], losses[1][name]) for name in losses[0])
     fresh = softmask.PretrainModel(softmask.Encoders(**SIZES), **METHOD)
     assert fresh.queue_written == 0 and (fresh.queue_ids == -100).all()
+
+
+def test_fresh_weights():
+    """Deviations: of the text layers 0.02 at width 768 and inversely as its root, of the ViT width^-0.5."""
+    torch.manual_seed(0)
+    encoders = softmask.Encoders(**(SIZES | {"vision_width": 64, "vision_heads": 2, "text_width": 192}))
+    for name, parameter in encoders.named_parameters():
+        std = 0.04 if name.startswith(("text.", "fusion.", "mlm_head.")) else 0.125 if name.startswith("vision.") else None
+        if std and parameter.ndim > 1 and parameter.numel() > 2000 and "pos_embed" not in name:
+            assert parameter.std().item() == pytest.approx(std, rel=0.1), name
+    assert torch.equal(encoders.vision.pos_embed[0, 1:], softmask.sincos_pos_embed(3, 64))
+    assert not encoders.vision.pos_embed[0, 0].any() and 0.01 < encoders.vision.cls_token.std() < 0.03
 
 
 def test_sincos_pos_embed_tells_rows_and_columns_apart():
@@ -1429,6 +1456,17 @@ def test_mask_text_settings():
 
 def distort(images, brightness=0.0, contrast=0.0, blur=0.0, hue=0.0, grayscale=0.0, seed=0):
     return softmask.distort_images(images, brightness, contrast, blur, hue, grayscale, seeded(seed))
+
+
+def test_contrast_is_about_each_images_own_mean_and_hue_turns_both_ways():
+    images = torch.full((40, 3, 4, 4), 0.3)
+    images[20:] = 0.7
+    assert torch.allclose(softmask.distort_images(images, 0, 0.4, 0, 0, 0, seeded()), images, atol=1e-3)
+    red = torch.zeros(60, 3, 2, 2)
+    red[:, 0] = 1
+    turned = softmask.distort_images(red, 0, 0, 0, 0.1, 0, seeded())[:, :, 0, 0]
+    assert (turned[:, 1] > 0.1).any() and (turned[:, 2] > 0.1).any()  # towards yellow, towards magenta
+    assert turned[:, 1:].max() <= 0.6 + 1e-4  # a tenth of a turn is 36 degrees, yellow is at 60
 
 
 def test_distortions_off_are_the_identity():

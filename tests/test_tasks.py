@@ -343,11 +343,11 @@ def test_reranking_equals_the_loop_over_pairs(runs, tmp_path):
     assert found["reranked"] == evaluation.retrieval_metrics(naive_i2t, naive_t2i, torch.from_numpy(image_of_text))
 
 
-def random_model(task, seed=0, **sizes):
+def random_model(task, seed=0, vocab_size=40, **sizes):
     """A small model, all of whose weights are random and its twin's differ; sizes: settings of the section model."""
     config = data.config_to_dict(load_config())
     torch.manual_seed(seed)
-    model = softmask.build_model(task, 40, config["model"] | sizes, config["method"] | {"queue_size": 6})
+    model = softmask.build_model(task, vocab_size, config["model"] | sizes, config["method"] | {"queue_size": 6})
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape))
@@ -447,11 +447,83 @@ def test_labels_of_text_assignment_say_where_the_image_is(monkeypatch):
     assert all(abs(count / 240 - 1 / 3) < 0.1 for count in counts.values()), counts
 
 
+def test_text_assignment_sets_similar_images_side_by_side(monkeypatch):
+    model, seen, hard_negatives = random_model("nlvr2_pretrain"), [], softmask.hard_negatives
+    feats = torch.tensor([[1.0, 0.0], [0.98, 0.2], [-0.98, 0.2], [-1.0, 0.0]])  # 0 and 1 are alike, 2 and 3 are
+    monkeypatch.setattr(model.encoders, "image_feat", lambda _: feats)
+    monkeypatch.setattr(softmask, "hard_negatives", lambda *given: seen.append(hard_negatives(*given)) or seen[-1])
+    text = torch.full((4, 3), 7), torch.ones(4, 3, dtype=torch.int64)
+    model(torch.zeros(4, 3, 32, 32), *text, torch.arange(4), torch.Generator().manual_seed(0))
+    assert seen[0][0].tolist() == [1, 0, 3, 2]
+
+
 def test_text_assignment_without_enough_images(monkeypatch):
     assert assign(monkeypatch, [5], 0)[2:] == ([-100], 0.0)
     assert assign(monkeypatch, [5, 5, 5], 0)[2:] == ([-100] * 3, 0.0)
     labels = sum((assign(monkeypatch, [5, 6], seed)[2] for seed in range(10)), [])
     assert set(labels) == {0, 1, -100}  # for "neither" there is no second image
+
+
+def test_accuracy_counts_what_has_a_label(monkeypatch):
+    model, seen, itm_loss = random_model("nlvr2_pretrain"), [], softmask.itm_loss
+    with torch.no_grad():
+        model.ta_head.weight.zero_(), model.ta_head.bias.copy_(torch.tensor([1.0, 0.0, 0.0]))  # always "left"
+    monkeypatch.setattr(softmask, "itm_loss", lambda logits, labels: seen.append(labels.tolist()) or itm_loss(logits, labels))
+    text = torch.full((2, 3), 7), torch.ones(2, 3, dtype=torch.int64)
+    for seed in range(12):
+        generator = torch.Generator().manual_seed(seed)
+        _, stats = model(torch.zeros(2, 3, 32, 32), *text, torch.arange(2), generator)
+        assert stats["accuracy"] == seen[-1].count(0) / max(2 - seen[-1].count(-100), 1)
+    assert any(set(labels) == {0, -100} for labels in seen)
+
+
+def test_accuracy_of_classes():
+    model = random_model("entailment")
+    model.logits = lambda *_: torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [1.0, 0.0, 0.0], [1.0, 0.0, 0.0]])
+    assert model(None, None, None, torch.tensor([0, 1, 2, 0]), 0.4)[1]["accuracy"] == 0.75
+
+
+# Evaluation
+
+
+def pixels(path):
+    """An image (1, 3, 32, 32) as the model takes it, made apart from eval.py."""
+    image = softmask.TF.to_dtype(softmask.TF.to_image(softmask.square(data.read_image(path), 32)), scale=True)
+    return softmask.normalize(image[None])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("task", ["nlvr2", "entailment", "vqa"])
+def test_rows_are_evaluated_as_one_by_one(task, monkeypatch):
+    """Each image with its own text, left before right, answers ended by [SEP], the best of them."""
+    config, folder = data.resolve_scenes(load_config()), commands.scenes_folder()
+    tokenizer = softmask.load_tokenizer(config.data.tokenizer)
+    model = livelier(random_model(task, seed=3, vocab_size=len(tokenizer)))
+    tokenize = functools.partial(softmask.tokenize, tokenizer, max_tokens=config.model.max_positions)
+    rows = getattr(data, f"load_{task}")(folder / f"{task}_test.json", config)[:12]
+    answers, found, seen = data.load_answers(folder / "answer_list.json")[::4], [], []
+    candidates = tokenize(answers, end=True)
+    candidates = candidates["input_ids"], candidates["attention_mask"]
+    for row in rows:
+        image = torch.cat([pixels(path) for path in row.get("images", [row.get("image")])])
+        text = tokenize([row["text"]])
+        text = text["input_ids"], text["attention_mask"]
+        if task == "vqa":
+            found.append(answers[model.rank_answers(image, *text, *candidates, 4)[0][0, 0]])
+        else:
+            found.append(model.logits(model.encoders, image[None] if task == "nlvr2" else image, *text)[0])
+    if task == "vqa":
+        rank = model.rank_answers
+        monkeypatch.setattr(model, "rank_answers", lambda *given: seen.append(given[3:5]) or rank(*given))
+        assert evaluation.answer_questions(model, rows, answers, tokenize, config) == found and len(set(found)) > 1
+        assert all(torch.equal(one, other) for given in seen for one, other in zip(given, candidates, strict=True))
+        return
+    middle = torch.stack(found).median(0).values  # no class ahead of the others
+    model.encoders.cls_head[2].bias -= middle
+    predictions, metrics = [int((logits - middle).argmax()) for logits in found], evaluation.classification_metrics
+    monkeypatch.setattr(evaluation, "classification_metrics", lambda *given: seen.append(given[:2]) or metrics(*given))
+    evaluation.classify(model, rows, ("a", "b", "c"), tokenize, config)
+    assert [*map(list, seen[0])] == [predictions, [row["label"] for row in rows]] and len(set(predictions)) > 1
 
 
 # Loading

@@ -15,6 +15,7 @@ import types
 import pytest
 import torch
 from PIL import Image
+from transformers import BertForMaskedLM
 
 import commands
 import data
@@ -23,9 +24,10 @@ import paper
 import softmask
 import train
 from commands import (
-    NO_EVALUATION, SPY, TIMES, TINY, Command, assert_close, assert_same_run, kill_at_lines, load, log_without_times,
+    NO_EVALUATION, SPY, TIMES, TINY, Command, assert_close, assert_same, assert_same_run, kill_at_lines, load, log_without_times,
     read_log, run,
 )  # fmt: skip
+from test_softmask import bert_config, make_model, random_deit, randomise
 
 PAIR = ["pretrain.batch_size=4", "model.dropout=0.0", NO_EVALUATION]  # 12 steps of two processes with 4 pairs
 WORDS = "method.words_first=0.4"  # 4 of 12 steps
@@ -207,6 +209,142 @@ def test_a_clean_teacher_is_given_the_image_before_its_distortion(clean):
     assert torch.equal(seen[-1], softmask.normalize(images)) if clean else seen[-1] is None
 
 
+# What the loop does, written out once more
+
+
+def test_the_loop_by_hand(tmp_path):
+    """Words first, rates of the groups, clipping, temperature, twin before the step, queue: to the bit."""
+    arguments = [*TINY, NO_EVALUATION, WORDS, "pretrain.clip_norm=0.1", "pretrain.vision_lr=1e-4", "pretrain.temp_lr=0.3",
+                 "pretrain.max_tokens=5", "method.momentum=0.9", "method.queue_size=2000"]  # fmt: skip
+    train.main(["--out", str(tmp_path), *arguments])
+    config = data.resolve_scenes(data.load_config("scenes", arguments))
+    task, settings = data.task_settings(config, "pretrain"), data.config_to_dict(config)
+    tokenizer = softmask.load_tokenizer(config.data.tokenizer)
+    torch.manual_seed(data.hash63("weights", 42))
+    method = settings["method"] | {"queue_size": 24}  # a quarter of the records
+    model = softmask.build_model("pretrain", len(tokenizer), settings["model"], method).train()
+    optimizer = train.Optimizer(train.parameter_groups(model, task), lr=task.lr, fused=True)
+    order = data.ShuffledBatches(96, 8, 1, 0, 1, 42, 0)
+    loader = data.make_loader(data.training_set(config, "pretrain"), order, tokenizer, task.max_tokens, 0)
+    special = tokenizer.mask_token_id, torch.arange(5, len(tokenizer))
+    for step, batch in zip(range(12), loader):
+        words, temp = step < 4, model.temp.item()
+        rate = train.lr_at(step, 4, task) if words else train.lr_at(step - 4, 8, task)
+        for group in optimizer.param_groups:
+            group["lr"] = rate * group["lr_scale"]
+        model.temp.data.clamp_(0.001, 0.5)
+        for twin, student in zip(model.encoders_m.parameters(), model.encoders.parameters()):
+            twin.data.lerp_(student.data, 1 - 0.9)
+        optimizer.zero_grad()
+        alpha = 0.4 * step / 12
+        losses, _, features = train.task_losses("pretrain", model, batch, config, special, alpha, (42, step, 0), words)
+        sum(losses.values()).backward()
+        torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 0.1)
+        optimizer.step()
+        if not words:
+            model.enqueue(*features)
+    assert temp != model.temp.clamp(0.001, 0.5)  # there was something to clamp
+    assert_same(dict(model.state_dict()), load(tmp_path)["model"])
+    assert all(line["truncated"] == 1 for line in read_log(tmp_path))
+
+
+@pytest.fixture(scope="module")
+def one_batch():
+    """A config of the scenes, a function that makes six records of a task a batch, and what mask_text needs."""
+    config = data.resolve_scenes(data.load_config("scenes", TINY))
+    tokenizer = softmask.load_tokenizer(config.data.tokenizer)
+
+    def make(task):
+        loader = data.make_loader(data.training_set(config, task), [[(0, i) for i in range(6)]], tokenizer, 25, 0)
+        return {name: value for name, value in next(iter(loader)).items() if isinstance(value, torch.Tensor)}
+
+    return config, make, (tokenizer.mask_token_id, torch.arange(5, len(tokenizer)))
+
+
+def test_what_pre_training_is_given(one_batch):
+    """Draws that depend on seed, step and micro-batch; pixels from 0 to 1, normalised; precision; ids if asked for."""
+    _, make, special = one_batch
+    batch, casts = make("pretrain"), []
+
+    def model(*arguments):
+        casts.append(torch.is_autocast_enabled("cpu"))
+        return arguments
+
+    def given(seeds, *overrides):
+        config = data.load_config("scenes", [*TINY, "method.mlm_probability=0.5", *overrides])
+        image, _, mask, masked_ids, labels, word_ids, image_ids, alpha, *_ = train.task_losses(
+            "pretrain", model, batch, config, special, 0.3, seeds
+        )
+        assert alpha == 0.3 and mask is batch["attention_mask"] and word_ids is batch["word_ids"]
+        return image, masked_ids, labels, image_ids
+
+    first, again, *others = map(given, [(1, 2, 3), (1, 2, 3), (0, 2, 3), (1, 0, 3), (1, 2, 0)])
+    assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
+    assert not any(torch.equal(first[0], other[0]) or torch.equal(first[1], other[1]) for other in others)
+    assert 0.3 < (first[2] != -100).sum() / (batch["word_ids"] >= 0).sum() < 0.7
+    assert first[3] is batch["image_ids"]
+    distorted_not = [f"method.distort_{name}=0" for name in ("brightness", "contrast", "blur")]
+    plain = given((1, 2, 3), *distorted_not, "method.image_ids=false", "precision=bf16")
+    assert torch.equal(plain[0], softmask.normalize(batch["image"] / 255)) and plain[3] is None
+    assert casts == [False] * 5 + [True]
+
+
+def test_every_distortion_has_its_own_setting(monkeypatch, one_batch):
+    _, make, special = one_batch
+    names, seen = ("brightness", "contrast", "blur", "hue", "grayscale"), []
+    config = data.load_config("scenes", [f"method.distort_{name}={0.1 * i}" for i, name in enumerate(names, 1)])
+    monkeypatch.setattr(softmask, "distort_images", lambda images, *given: seen.append(given[:5]) or images)
+    train.task_losses("pretrain", lambda *given: given, make("pretrain"), config, special, 0.3, (0, 0, 0))
+    assert seen[0] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5])
+
+
+@pytest.mark.parametrize("task", [task for task in data.TASKS if task != "pretrain"])
+def test_what_fine_tuning_is_given(task, one_batch):
+    _, make, special = one_batch
+    batch, seen = make(task), []
+
+    def model(*arguments):
+        seen.append((arguments, torch.is_autocast_enabled("cpu")))
+        return ({}, {}, None) if task in ("retrieval", "grounding") else ({}, {})
+
+    for precision in ("float32", "bf16"):
+        config = data.load_config("scenes", [*TINY, f"precision={precision}"])
+        train.task_losses(task, model, batch, config, special, 0.3, (0, 0, 0))
+    (given, cast), (_, recast) = seen
+    assert not cast and recast
+    assert torch.equal(given[0].flatten(0, -4), softmask.normalize(batch["image"].flatten(0, -4) / 255))
+    assert given[1] is batch["input_ids"] and given[2] is batch["attention_mask"]
+    assert task == "nlvr2_pretrain" or 0.3 in [value for value in given if isinstance(value, float)]  # alpha
+    for name in ("image_ids", "labels", "answer_ids", "answer_weights"):
+        assert name not in batch or any(value is batch[name] for value in given), name
+
+
+# What it starts from
+
+
+def test_the_encoders_start_from_deit_and_bert_and_the_twin_from_them(tmp_path):
+    bert = randomise(BertForMaskedLM(bert_config()))
+    bert.save_pretrained(tmp_path)
+    torch.save(random_deit(), tmp_path / "deit.pth")
+    config = data.load_config("scenes", [f"model.vision_weights={tmp_path / 'deit.pth'}",
+                                         f"model.text_weights={tmp_path / 'model.safetensors'}"])  # fmt: skip
+    model = make_model(seed=5)
+    train.load_initial_weights(model, config, "pretrain", [])
+    for encoders in (model.encoders, model.encoders_m):
+        assert torch.equal(encoders.vision.cls_token, random_deit()["cls_token"])
+        assert torch.equal(encoders.text.embeddings["word"].weight, bert.bert.embeddings.word_embeddings.weight)
+    assert_same(dict(model.encoders.state_dict()), dict(model.encoders_m.state_dict()))
+
+
+def test_a_start_with_another_vocabulary_is_refused(tmp_path):
+    model = make_model()
+    torch.save({"model": model.state_dict(), "vocab": ["a", "b"]}, tmp_path / "start.pt")
+    config = data.load_config("scenes", [f"pretrain.start={tmp_path / 'start.pt'}"])
+    train.load_initial_weights(model, config, "pretrain", ["a", "b"])
+    with pytest.raises(data.InputError, match="start.pt was trained with another vocabulary"):
+        train.load_initial_weights(model, config, "pretrain", ["b", "a"])
+
+
 # Options that change no result
 
 
@@ -271,20 +409,21 @@ def test_layers_stay_compiled_through_training_and_evaluation(task, tmp_path, mo
 
 @pytest.fixture(scope="module")
 def spied(tmp_path_factory):
-    """States and gradients after each of 3 steps, of every process: by two processes, and by two micro-batches."""
+    """States and gradients after each of 3 steps, of every process: by two of two micro-batches each, and by four."""
     folder = tmp_path_factory.mktemp("spied")
     spy = folder / "spy.py"
     spy.write_text(SPY)
-    arguments = [*TINY, *PAIR, "checkpoint_every_steps=1", "method.queue_size=20", "data.scenes.train=30"]
+    arguments = [*TINY, *PAIR, "checkpoint_every_steps=1", "method.queue_size=20", "data.scenes.train=30",
+                 "pretrain.batch_size=2"]  # fmt: skip
     outs = folder / "two", folder / "one"
-    for out, processes, accumulation in zip(outs, (2, 1), (1, 2)):
+    for out, processes, accumulation in zip(outs, (2, 1), (2, 4)):
         accumulate = f"pretrain.accumulation={accumulation}"
         result = run(folder, spy, "--out", out, *arguments, accumulate, processes=processes)
         assert result.status in (0, [0, 0]), result.err
     return outs
 
 
-def test_two_processes_have_the_gradients_of_two_micro_batches(spied):
+def test_two_processes_have_the_gradients_of_one_with_twice_the_micro_batches(spied):
     two, one = spied
     for step in (1, 2, 3):
         first, second = (torch.load(two / f"{rank}-{step}.pt") for rank in (0, 1))
