@@ -908,10 +908,8 @@ def test_reduced_decoding_asks_for_what_the_crop_needs_of_each_side(tmp_path, mo
     monkeypatch.setattr(data, "decode_image", lambda image, least: asked.append(least) or decode(image, least))
     monkeypatch.setattr(softmask, "crop_box", lambda *_: (10, 20, 400, 300))
     Image.new("RGB", (900, 600)).save(tmp_path / "0.jpg")
-    (tmp_path / "r.json").write_text(json.dumps([{"image": "0.jpg", "caption": "x"}]))
-    config = data.load_config("scenes", ["data.scenes=null", f"data.pretrain_image_root={tmp_path}",
-                                         "data.decode_reduced=true", f"data.pretrain_files=[{tmp_path / 'r.json'}]"])  # fmt: skip
-    data.training_set(config, "pretrain")[0, 0]
+    config = data.load_config("scenes", [f"data.pretrain_image_root={tmp_path}", "data.decode_reduced=true"])
+    make_dataset([{"image": "0.jpg", "caption": "x"}], config, tmp_path / "r.json")[0, 0]
     assert asked == [[144, 128]]  # 64 pixels of the crop's 400 and 300: 900 * 64 / 400 and 600 * 64 / 300
 
 
@@ -1273,13 +1271,12 @@ def test_check_of_the_other_tasks(pairs, tmp_path, tokenizer, capsys):
 
 def test_training_texts_are_cut_at_max_words(tmp_path):
     Image.new("RGB", (16, 16)).save(tmp_path / "0.png")
-    (tmp_path / "r.json").write_text(json.dumps([{"image": "0.png", "caption": "One, two three"}]))
-    config = data.load_config("scenes", ["data.scenes=null", f"data.pretrain_image_root={tmp_path}", "data.max_words=2",
-                                         f"data.pretrain_files=[{tmp_path / 'r.json'}]"])  # fmt: skip
-    assert data.training_set(config, "pretrain")[0, 0]["text"] == "one two"
+    config = data.load_config("scenes", [f"data.pretrain_image_root={tmp_path}", "data.max_words=2"])
+    dataset = make_dataset([{"image": "0.png", "caption": "One, two three"}], config, tmp_path / "r.json")
+    assert dataset[0, 0]["text"] == "one two"
 
 
-def test_texts_of_evaluation_are_cut_as_in_training_by_retrieval_alone():
+def test_texts_of_evaluation_are_cut_as_in_training_in_pre_training_and_retrieval_alone():
     config = data.load_config("paper")
     cuts = {task: data.evaluation_max_tokens(config, task) for task in data.TASKS}
     assert (cuts.pop("pretrain"), cuts.pop("retrieval")) == (25, 30) and set(cuts.values()) == {512}

@@ -24,8 +24,8 @@ import paper
 import softmask
 import train
 from commands import (
-    NO_EVALUATION, SPY, TIMES, TINY, Command, assert_close, assert_same, assert_same_run, kill_at_lines, load, log_without_times,
-    read_log, run,
+    NO_EVALUATION, SPY, TIMES, TINY, Command, assert_close, assert_same, assert_same_run, kill_at_lines, load,
+    log_without_times, read_log, run,
 )  # fmt: skip
 from test_softmask import bert_config, make_model, random_deit, randomise
 
@@ -616,11 +616,11 @@ def test_signal_while_one_process_has_not_begun_to_train(tmp_path):
     program.write_text(
         "import os, signal, sys, time, data, train\n"
         "make = data.make_loader\n"
-        "def wait(*arguments, **named):\n"
+        "def wait(*arguments):\n"
         "    if train.evaluation.rank() == 0:\n"
         "        time.sleep(1)\n"
         "        os.kill(os.getpid(), signal.SIGTERM)\n"
-        "    return make(*arguments, **named)\n"
+        "    return make(*arguments)\n"
         "data.make_loader = wait\n" + STOPPABLE
     )
     command = Command(tmp_path, program, "--out", tmp_path / "out", *TINY, *PAIR, processes=2)
