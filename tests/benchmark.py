@@ -54,6 +54,7 @@ VARIANTS = {  # what is switched off
     "no focal factor": ["method.focal_gamma=0.0"],
     "text masked for MLM alone": ["method.mask_text_for=mlm"],
     "no distortions": NO_DISTORTIONS,
+    "no clean teacher": ["method.clean_teacher=false"],
     "ALBEF": ["method.soft_mask=false", "method.focal_gamma=0.0", "method.mask_text_for=mlm", "method.image_ids=false"]
     + NO_DISTORTIONS,
 }
