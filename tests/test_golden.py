@@ -72,7 +72,7 @@ def word_ids(batch):
     return torch.where(batch["attention_mask"].bool(), torch.arange(batch["input_ids"].shape[1]), -1)
 
 
-def step(model, io, alpha, monkeypatch, prefix=""):
+def step(model, io, alpha, monkeypatch, prefix="", clean_teacher=True):
     """EMA, one forward and backward pass on the golden batch with its masking and negatives, enqueue; the losses."""
     batch = {key.removeprefix(prefix): value for key, value in io.items() if key.startswith(prefix)}
     valid = torch.ones(len(batch["image"]), dtype=torch.bool)
@@ -92,6 +92,7 @@ def step(model, io, alpha, monkeypatch, prefix=""):
         word_ids(batch),
         batch.get("image_id"),
         alpha,
+        clean_image=batch["image"] if clean_teacher else None,
     )
     model.zero_grad()
     sum(losses.values()).backward()
@@ -125,10 +126,11 @@ def test_pretrain_forward():
         assert_near(encoders.mlm_logits(masked_fused), io["mlm_logits"])
 
 
-def test_pretrain_step(monkeypatch):
+@pytest.mark.parametrize("clean_teacher", [True, False])  # the same, where no image is distorted
+def test_pretrain_step(monkeypatch, clean_teacher):
     settings, state, io = load("pretrain")
     model = build(settings, state, "albef")
-    losses = step(model, io, settings["alpha"], monkeypatch)
+    losses = step(model, io, settings["alpha"], monkeypatch, clean_teacher=clean_teacher)
     for name in ("mlm", "itc", "itm"):
         assert_near(losses[name], io[f"loss_{name}"])
     gradients = [key for key in io if key.startswith("grad.")]
