@@ -786,6 +786,8 @@ def headline(metrics: dict) -> dict[str, float]:
     pointing = metrics.get("pointing", {})
     shown = ("hit_own", "hit_other", "ratio", "mass_own", "mass_other")
     found |= {f"pointing: {name}": pointing[name] for name in shown if pointing.get(name) is not None}
+    for kind in ("size", "color"):  # above: the words that name the shape
+        found |= {f"pointing: {kind} {name}": pointing[kind][name] for name in shown[:2] if kind in pointing}
     aside = re.compile("standard_error|majority|chance|uniform")  # that say how good a figure is
     return found | {name: value for name, value in metrics.items() if isinstance(value, float) and not aside.search(name)}
 

@@ -289,6 +289,16 @@ def test_table_takes_val_where_there_is_no_test():
     assert evaluation.headline({"val": val, "best_epoch": 2, "test": {"accuracy": 40.0}}) == {"accuracy": 40.0}
 
 
+def test_table_has_where_words_of_every_kind_point():
+    shape = {"hit_own": 50.0, "hit_other": 20.0, "ratio": None, "mass_own": 8.0, "mass_other": 4.0, "area_own": 9.0}
+    color = {"hit_own": 60.0, "hit_other": 0.0, "ratio": None, "mass_own": 7.0, "mass_other": 3.0}
+    figures = evaluation.headline({"pointing": shape | {"objects": 10, "color": color}})
+    assert figures == {
+        "pointing: hit_own": 50.0, "pointing: hit_other": 20.0, "pointing: mass_own": 8.0, "pointing: mass_other": 4.0,
+        "pointing: color hit_own": 60.0, "pointing: color hit_other": 0.0,
+    }  # fmt: skip
+
+
 def test_table_refuses_what_is_no_run(tmp_path):
     with pytest.raises(data.InputError, match="no metrics.json in"):
         evaluation.main(["table", str(tmp_path)])
