@@ -47,14 +47,14 @@ import softmask
 import train
 
 NO_DISTORTIONS = [f"method.distort_{name}=0.0" for name in ("brightness", "contrast", "blur", "hue", "grayscale")]
-VARIANTS = {  # what is switched off
+VARIANTS = {  # what is switched off, or on
     "full": [],
     "no soft mask": ["method.soft_mask=false"],
     "no soft-masked negatives": ["method.soft_mask_negatives=false"],
     "no focal factor": ["method.focal_gamma=0.0"],
     "text masked for MLM alone": ["method.mask_text_for=mlm"],
     "no distortions": NO_DISTORTIONS,
-    "no clean teacher": ["method.clean_teacher=false"],
+    "clean teacher": ["method.clean_teacher=true"],
     "ALBEF": ["method.soft_mask=false", "method.focal_gamma=0.0", "method.mask_text_for=mlm", "method.image_ids=false"]
     + NO_DISTORTIONS,
 }
