@@ -6,7 +6,7 @@
     python tests/benchmark.py images --images FOLDER
 
   step     optimizer steps of train.py on random data, every caption of full length; then the same with each innovation
-           switched off, and all of them (ALBEF). The variants take turns step by step, on the same weights.
+           switched off, all of them (ALBEF), and a clean teacher on. They take turns step by step, on the same weights.
   rerank   ITM scores of one image with 64 and 128 texts, projection of its keys and values included
   vqa      ranking of 128 out of 3,128 answers of 5 tokens, from the question's fused states on
   images   decoding and augmentation on one core (CPU time, files in the page cache), whole and with

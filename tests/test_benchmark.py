@@ -10,11 +10,10 @@ from torch.utils.flop_counter import FlopCounterMode
 import benchmark
 
 SETTINGS = [
-    "pretrain.max_tokens=14", "method={queue_size: 16, mlm_probability: 1.0, distort_blur: 0.0}",  # all tokens masked
-    "method.clean_teacher=false",
+    "method={queue_size: 16, mlm_probability: 1.0, distort_blur: 0.0, clean_teacher: false}",  # all tokens masked
     "model={image_size: 64, patch_size: 8, vision_width: 48, vision_layers: 3, vision_heads: 2, text_width: 32, "
     "text_layers: 2, fusion_layers: 4, text_heads: 2, embed_dim: 16, dropout: 0.1}", "pretrain.muon_lr=null",
-    "method.words_first=0",
+    "method.words_first=0", "pretrain.max_tokens=14",
 ]  # fmt: skip
 VOCAB, BATCH = 90, 6
 
