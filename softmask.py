@@ -114,8 +114,8 @@ class GeluLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
-        rows, hidden = grad.flatten(0, -2), F.gelu(x).flatten(0, -2)  # (..., D) -> (tokens, D)
-        return torch.ops.aten.gelu_backward(grad @ weight.to(grad.dtype), x), rows.T @ hidden, rows.sum(0)
+        weight_grad = grad.flatten(0, -2).T @ F.gelu(x).flatten(0, -2)  # first, since GELU's output is large
+        return torch.ops.aten.gelu_backward(grad @ weight.to(grad.dtype), x), weight_grad, grad.flatten(0, -2).sum(0)
 
 
 class Mlp(nn.Module):

@@ -108,6 +108,14 @@ class Optimizer(torch.optim.AdamW):
     in bfloat16, for which a CPU without such products takes tens of times as long.
     """
 
+    def make_moments(self):
+        """AdamW's state as before its first step, where there is none: made between a step's activations, it would keep
+        their memory in pieces too small for the next step's."""
+        for group in self.param_groups if not self.state else []:
+            for parameter in group["params"] if not group["muon"] else []:
+                moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+                self.state[parameter] = {"step": torch.zeros((), device=parameter.device)} | moments
+
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
@@ -226,6 +234,7 @@ def train(model, optimizer, loader, config, task, run):
         warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
         wrapped = DistributedDataParallel(model, device_ids, broadcast_buffers=False, gradient_as_bucket_view=True)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer.make_moments()
     batches = iter(loader)
     model.train()
     for step in range(run.step, run.total_steps):

@@ -94,6 +94,8 @@ def test_the_optimizer_is_muon_for_its_matrices_and_adamw_for_the_rest():
     groups = [{"params": ours[:5], "muon": True, "weight_decay": 0.1, "lr": 0.02},
               {"params": ours[5:], "muon": False, "weight_decay": 0.2, "lr": 0.01}]  # fmt: skip
     optimizer = train.Optimizer(groups, fused=True)
+    optimizer.make_moments()
+    assert [parameter in optimizer.state for parameter in ours] == [False] * 5 + [True] * 3
     muon = torch.optim.Muon(theirs[:5], lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
     adamw = torch.optim.AdamW(theirs[5:], lr=0.01, weight_decay=0.2, fused=True)
     for step in range(6):
@@ -101,6 +103,7 @@ def test_the_optimizer_is_muon_for_its_matrices_and_adamw_for_the_rest():
             state = optimizer.state_dict()
             optimizer = train.Optimizer(groups, fused=True)
             optimizer.load_state_dict(state)
+            optimizer.make_moments()  # leaves what is there
         before = [parameter.detach().clone() for parameter in theirs[:5]]
         for one, other in zip(ours, theirs):
             one.grad = torch.randn(one.shape)
