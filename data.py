@@ -117,6 +117,7 @@ class MethodConfig:
     mask_text_for: str
     mlm_probability: float
     mlm_random_replacement: bool
+    itm_weight: float
     distort_brightness: float
     distort_contrast: float
     distort_blur: float

@@ -233,6 +233,7 @@ def train(model, optimizer, loader, config, task, run):
         # torch 2.13 has a new name for broadcast_buffers and warns of the old, the one that 2.11 knows
         warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
         wrapped = DistributedDataParallel(model, device_ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+    itm_weight = config.method.itm_weight if run.task_name == "pretrain" else 1.0
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer.make_moments()
     batches = iter(loader)
@@ -260,7 +261,7 @@ def train(model, optimizer, loader, config, task, run):
                 losses, stats, features_m = task_losses(
                     run.task_name, called, batch, config, run.special, alpha, seeds, words_only
                 )
-                loss = sum(losses.values())
+                loss = sum(value * (itm_weight if name.endswith("itm") else 1.0) for name, value in losses.items())
                 values.append({"loss": loss} | {f"loss_{name}": value for name, value in losses.items()} | stats)
                 # one that is not finite makes the whole gradient NaN: so the other processes learn of it
                 finite = sum(values[-1].values()).isfinite()

@@ -218,7 +218,7 @@ def test_a_clean_teacher_is_given_the_image_before_its_distortion(clean):
 def test_the_loop_by_hand(tmp_path):
     """Words first, rates of the groups, clipping, temperature, twin before the step, queue: to the bit."""
     arguments = [*TINY, NO_EVALUATION, WORDS, "pretrain.clip_norm=0.1", "pretrain.vision_lr=1e-4", "pretrain.temp_lr=0.3",
-                 "pretrain.max_tokens=5", "method.momentum=0.9", "method.queue_size=2000"]  # fmt: skip
+                 "pretrain.max_tokens=5", "method.momentum=0.9", "method.queue_size=2000", "method.itm_weight=0.3"]  # fmt: skip
     train.main(["--out", str(tmp_path), *arguments])
     config = data.resolve_scenes(data.load_config("scenes", arguments))
     task, settings = data.task_settings(config, "pretrain"), data.config_to_dict(config)
@@ -241,6 +241,8 @@ def test_the_loop_by_hand(tmp_path):
         optimizer.zero_grad()
         alpha = 0.4 * step / 12
         losses, _, features = train.task_losses("pretrain", model, batch, config, special, alpha, (42, step, 0), words)
+        if not words:
+            losses["itm"], losses["soft_itm"] = 0.3 * losses["itm"], 0.3 * losses["soft_itm"]
         sum(losses.values()).backward()
         torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 0.1)
         optimizer.step()
