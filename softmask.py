@@ -113,9 +113,9 @@ class GeluLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        x, weight = ctx.saved_tensors
-        weight_grad = grad.flatten(0, -2).T @ F.gelu(x).flatten(0, -2)  # first, since GELU's output is large
-        return torch.ops.aten.gelu_backward(grad @ weight.to(grad.dtype), x), weight_grad, grad.flatten(0, -2).sum(0)
+        (x, weight), rows = ctx.saved_tensors, grad.flatten(0, -2)  # (..., D) -> (tokens, D)
+        weight_grad = rows.T @ F.gelu(x).flatten(0, -2)  # first: GELU's output, which is large, is gone after it
+        return torch.ops.aten.gelu_backward(grad @ weight.to(grad.dtype), x), weight_grad, rows.sum(0)
 
 
 class Mlp(nn.Module):
