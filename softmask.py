@@ -24,7 +24,7 @@ Index
   TextEncoder, FusionEncoder        the two halves of BERT            [ALBEF] models/xbert.py
   MlmHead, AnswerDecoder            masked words; answers of VQA      [ALBEF] xbert.py BertForMaskedLM, BertLMHeadModel
   Encoders                          everything that has a twin        [paper] Fig. 2
-  make_twin, write_queue            momentum distillation, queues     [ALBEF] models/model_pretrain.py
+  write_queue, TaskModel            queues, momentum distillation     [ALBEF] models/model_pretrain.py
   focal_itc_loss                    focal loss for ITC                [paper] abstract; caption of Fig. 2: Section 3
   hard_negatives, itm_loss          image-text matching               [ALBEF] models/model_pretrain.py
   mlm_loss                          masked words, distilled           [ALBEF] models/xbert.py
@@ -59,8 +59,6 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
 
 # Building blocks
-
-
 class Attention(nn.Module):
     """Multi-head attention; keys and values are projected apart, once per image, to be read by many texts. [ALBEF]"""
 
@@ -77,9 +75,17 @@ class Attention(nn.Module):
     def split_heads(self, x):
         return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, L, D) -> (B, H, L, D / H)
 
+    def project(self, x, *layers):
+        """What each of layers makes of x (B, L, D): (B, H, L, D / H) each. [ours]"""
+        if not torch.is_autocast_enabled(x.device.type):
+            return [self.split_heads(layer(x)) for layer in layers]
+        # autocast copies weights anyway: side by side they are one product, a third of the launches a GPU waits for
+        weight, bias = torch.cat([layer.weight for layer in layers]), torch.cat([layer.bias for layer in layers])
+        return [self.split_heads(part) for part in F.linear(x, weight, bias).chunk(len(layers), -1)]
+
     def keys_values(self, context):
         """Keys and values, each (B, H, M, D / H), of context (B, M, context_dim)."""
-        return self.split_heads(self.key(context)), self.split_heads(self.value(context))
+        return self.project(context, self.key, self.value)
 
     def scale_keys_values(self, keys, values, scale):
         """Keys and values of scale * context, scale (B, M), without a new projection: W(sx) + b = s(Wx) + b. [ours]"""
@@ -87,12 +93,17 @@ class Attention(nn.Module):
         biases = [self.split_heads(layer.bias[None, None]).to(keys.dtype) for layer, _ in parts]  # (1, H, 1, D / H)
         return tuple(torch.lerp(bias, part, scale) for bias, (_, part) in zip(biases, parts))
 
-    def forward(self, x, keys, values, mask=None, return_probs: bool = False):
-        """Attend from x (B, L, D); mask: bool, broadcastable to (B, H, L, M), True where a key may be attended.
+    def forward(self, x, keys=None, values=None, mask=None, return_probs: bool = False):
+        """Attend from x (B, L, D) to itself, or to given keys and values.
 
+        mask: bool, broadcastable to (B, H, L, M), True where a key may be attended.
         Returns output (B, L, D) and, if return_probs, probabilities (B, H, L, M) before dropout, float32, with a graph.
         """
-        query, dropout = self.split_heads(self.query(x)), self.dropout if self.training else 0.0
+        if keys is None:
+            keys, values, query = self.project(x, self.key, self.value, self.query)
+        else:
+            query = self.split_heads(self.query(x))
+        dropout = self.dropout if self.training else 0.0
         if return_probs or dropout and x.device.type == "cpu":  # where SDPA with dropout is slower than this
             with torch.autocast(x.device.type, enabled=False):  # 8 bits of bf16 are too coarse for Grad-CAM
                 scores = (query.float() / math.sqrt(query.shape[-1])) @ keys.float().transpose(-2, -1)
@@ -142,8 +153,7 @@ class VisionBlock(nn.Module):
         self.mlp = Mlp(dim, 4 * dim)
 
     def forward(self, x):
-        h = self.norm1(x)
-        x = x + self.attn(h, *self.attn.keys_values(h))[0]
+        x = x + self.attn(self.norm1(x))[0]
         return x + self.mlp(self.norm2(x))
 
 
@@ -250,10 +260,10 @@ class TextLayer(nn.Module):
     def forward(self, x, mask, keys_values=None, image_index=None, keys_mask=None, return_probs=False, cls_only=False):
         """x (R, L, D), mask (R, 1, L or 1, L) bool; the others: see FusionEncoder. Returns x, probs."""
         probs = None
-        keys, values = self.self_attention.keys_values(x)
+        own = self.self_attention.keys_values(x) if cls_only else ()  # else of x as it is, with the queries
         if cls_only:
             x, mask = x[:, :1], mask[:, :, :1]  # (R, L, D) -> (R, 1, D)
-        x = self.self_norm(x + self.dropout(self.self_attention(x, keys, values, mask)[0]))
+        x = self.self_norm(x + self.dropout(self.self_attention(x, *own, mask=mask)[0]))
         if keys_values is not None:
             # On a CPU done again in backward, for 1 % of a step: copies and probabilities were a sixth of its memory.
             # A GPU keeps no probabilities, and waits for the launches: there it cost a sixth of a step.
@@ -432,12 +442,7 @@ class Encoders(nn.Module):
         return self.mlm_head(states, self.text.embeddings["word"].weight)
 
 
-# Momentum twin and queue
-def make_twin(module):
-    """A copy of module that takes no gradient: the momentum twin at its start. [ALBEF]"""
-    return copy.deepcopy(module).requires_grad_(False).eval()
-
-
+# Queue
 @torch.no_grad()
 def write_queue(queue, written: int, entries):
     """Write entries (n, ...) over the oldest of queue (K, ...), in place, after `written` others, for any n. [ALBEF]"""
@@ -605,7 +610,7 @@ class TaskModel(nn.Module):
             getattr(encoders, name).requires_grad_(False)
         self.encoders, self.momentum, self.unused = encoders, momentum, unused
         if momentum is not None:
-            self.encoders_m = make_twin(encoders)
+            self.encoders_m = copy.deepcopy(encoders).requires_grad_(False).eval()
 
     def train(self, mode: bool = True):
         super().train(mode)
@@ -688,8 +693,7 @@ class PretrainModel(TaskModel):
         None: it reads what the student reads [ours: the paper's way is unknown].
         """
         student, twin = self.encoders, self.encoders_m
-        own = torch.arange(len(image), device=image.device)
-        masked = mlm_labels != -100
+        own, masked = torch.arange(len(image), device=image.device), mlm_labels != -100
         text_ids = masked_ids if self.mask_text_for == "all" else input_ids  # [paper] Fig. 2: the masked text enters
         image_m, text_ids_m = (image, text_ids) if clean_image is None else (clean_image, input_ids)
 
@@ -913,8 +917,7 @@ def distort_images(images, brightness, contrast, blur, hue, grayscale, generator
     colour wheel from [-x, x], x at most 0.5; grayscale: a probability. 0 leaves that distortion out.
     """
     def draw(low, high):
-        uniform = torch.rand((len(images), 1, 1, 1), generator=generator, device=images.device)
-        return low + (high - low) * uniform
+        return low + (high - low) * torch.rand((len(images), 1, 1, 1), generator=generator, device=images.device)
     if brightness:
         images = (images * draw(1 - brightness, 1 + brightness)).clamp(0, 1)
     if contrast:
@@ -979,8 +982,7 @@ def crop_box(width: int, height: int, crop_min_area: float, generator=None):
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < w <= width and 0 < h <= height:
             return round(uniform(0, width - w, generator)), round(uniform(0, height - h, generator)), w, h
-    # no such crop fits an image this elongated: its centre
-    w, h = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
+    w, h = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))  # too elongated for any: its centre
     return (width - w) // 2, (height - h) // 2, w, h
 
 

@@ -1249,6 +1249,31 @@ def test_train_keeps_the_twin_in_eval_mode():
     assert torch.equal(model.encoders.encode_text(ids, mask), model.encoders.encode_text(ids, mask))
 
 
+@pytest.mark.parametrize("names", [("query",), ("key", "value"), ("key", "value", "query")])
+def test_projections_under_autocast_are_one_product(monkeypatch, names):
+    """Of weights side by side: the same as one by one, and so the gradients, to bfloat16's rounding."""
+    attention, x = make_encoders().vision.blocks[0].attn, randn(2, 10, 16)
+    layers = [getattr(attention, name) for name in names]
+    for layer in layers:
+        torch.nn.init.normal_(layer.bias, generator=seeded(1))
+    linear, products = F.linear, []
+    monkeypatch.setattr(F, "linear", lambda *args: products.append(args) or linear(*args))
+
+    def projections(project):
+        attention.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            found = project(x, *layers)
+            sum(((i + 1) * part.float() ** 2).sum() for i, part in enumerate(found)).backward()
+        return found, [parameter.grad for layer in layers for parameter in (layer.weight, layer.bias)]
+
+    found, gradients = projections(attention.project)
+    assert len(products) == 1
+    expected, expected_gradients = projections(lambda x, *layers: [attention.split_heads(f(x)) for f in layers])
+    assert [part.dtype for part in found] == [torch.bfloat16] * len(names)
+    for ours, theirs in zip([*found, *gradients], [*expected, *expected_gradients], strict=True):
+        assert ours.shape == theirs.shape and (ours.float() - theirs.float()).abs().max() < 0.02 * theirs.abs().max()
+
+
 @pytest.mark.parametrize("return_probs", [True, False])
 def test_both_attention_paths_drop_probabilities(return_probs):
     attention = make_encoders(dropout=0.5).fusion.layers[0].cross_attention
@@ -1290,13 +1315,14 @@ def test_update_twin():
     assert not any(p.requires_grad for p in model.encoders_m.parameters())
 
 
-def test_make_twin_is_a_copy_without_gradients():
-    encoders = make_encoders().train()
-    twin = softmask.make_twin(encoders)
+def test_the_twin_is_a_copy_without_gradients():
+    model = softmask.TaskModel(make_encoders(), 0.9, unused=()).train()
+    twin, student = model.encoders_m, model.encoders
+    assert all(torch.equal(p, q) for p, q in zip(twin.parameters(), student.parameters(), strict=True))
     twin.image_proj.bias += 1
-    assert not torch.equal(twin.image_proj.bias, encoders.image_proj.bias)
+    assert not torch.equal(twin.image_proj.bias, student.image_proj.bias)
     assert not twin.training and not any(p.requires_grad for p in twin.parameters())
-    assert encoders.training and all(p.requires_grad for p in encoders.parameters())
+    assert student.training and all(p.requires_grad for p in student.parameters())
 
 
 @pytest.mark.parametrize("size", [0, 1, 3, 5, 8])
