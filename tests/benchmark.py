@@ -21,6 +21,8 @@ OMP_NUM_THREADS sets the threads. Seconds are medians. Fields of step:
   gflop_per_pair      matrix products by formula, see pair_flops; nothing that is computed twice by checkpointing, and
                       nothing of Muon's
   share_of_matmul     of the rate that one large product reaches in this process (matmul_gflop_s, same dtype)
+  operations          handed to the device one by one in a step, less views and empty tensors; not under compile=true.
+                      At few pairs a step a GPU waits for these.
 """
 
 import argparse
@@ -39,6 +41,7 @@ import types
 
 import torch
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import data
@@ -196,6 +199,19 @@ class Steps:
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
+class Operations(TorchDispatchMode):
+    """Counts the operations that do work, as a context around them."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        name = operation.overloadpacket.__name__
+        self.count += not (operation.is_view or "empty" in name or name == "_unsafe_view")
+        return operation(*args, **(kwargs or {}))
+
+
 def peak_resident(config, vocab_size):
     """Peak resident set of this process, bytes, before and after two steps. Run in a process of its own."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -225,7 +241,11 @@ def measure_step(options):
             seconds[name].append(seconds_of(lambda: steps(configs[name]), device))
             if device.type == "cuda":
                 memory[name] = 0, torch.cuda.max_memory_allocated()
-    seconds = {name: values[WARM_UP:] for name, values in seconds.items()}
+    seconds, operations = {name: values[WARM_UP:] for name, values in seconds.items()}, dict.fromkeys(configs)
+    for name in [] if config.compile else configs:
+        with Operations() as counted:
+            steps(configs[name])
+        operations[name] = counted.count
     for name in configs:
         took, flops = statistics.median(seconds[name]), pair_flops(configs[name], options.vocab_size)
         achieved = flops * batch / took
@@ -234,7 +254,7 @@ def measure_step(options):
             cost=statistics.median(full / own - 1 for full, own in zip(seconds["full"], seconds[name])),
             peak_memory_gb=memory[name][1] / 1e9, import_memory_gb=memory[name][0] / 1e9,
             fixed_state_gb=steps.fixed_state() / 1e9, gflop_per_pair=flops / 1e9, gflop_s=achieved / 1e9,
-            matmul_gflop_s=rate / 1e9, share_of_matmul=achieved / rate,
+            matmul_gflop_s=rate / 1e9, share_of_matmul=achieved / rate, operations=operations[name],
         )  # fmt: skip
 
 

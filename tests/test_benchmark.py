@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -41,6 +42,15 @@ def test_steps(capsys):
     assert (full["variant"], albef["variant"], full["cost"]) == ("full", "ALBEF", 0)
     for line in full, albef:
         assert line["checkpointing"] and line["peak_memory_gb"] > line["fixed_state_gb"] > 0 and line["pairs_per_second"] > 0
+        assert line["operations"] > 100
+
+
+def test_operations_are_counted_and_views_are_not():
+    weight, x = torch.ones(3, 2, requires_grad=True), torch.ones(2, 2)
+    with benchmark.Operations() as counted:
+        loss = F.linear(x, weight).view(6).sum()  # a product and a sum
+        loss.backward()  # the slope of the loss itself (ones), and one product
+    assert counted.count == 4
 
 
 def test_ranking_and_images(capsys, monkeypatch):
