@@ -260,9 +260,9 @@ class TextLayer(nn.Module):
     def forward(self, x, mask, keys_values=None, image_index=None, keys_mask=None, return_probs=False, cls_only=False):
         """x (R, L, D), mask (R, 1, L or 1, L) bool; the others: see FusionEncoder. Returns x, probs."""
         probs = None
-        own = self.self_attention.keys_values(x) if cls_only else ()  # else of x as it is, with the queries
+        own = ()  # keys and values of all tokens, where x does not stay all tokens
         if cls_only:
-            x, mask = x[:, :1], mask[:, :, :1]  # (R, L, D) -> (R, 1, D)
+            own, x, mask = self.self_attention.keys_values(x), x[:, :1], mask[:, :, :1]  # (R, L, D) -> (R, 1, D)
         x = self.self_norm(x + self.dropout(self.self_attention(x, *own, mask=mask)[0]))
         if keys_values is not None:
             # On a CPU done again in backward, for 1 % of a step: copies and probabilities were a sixth of its memory.
