@@ -811,7 +811,8 @@ def read_run(file) -> dict:
 def read_runs(folders) -> dict:
     """The metrics.json in and below folders, {task: [(settings, seed, figures)]}; of the settings those that differ.
 
-    Settings that only ever change together are one: {"method.distort_blur, method.distort_hue": "0.5, 0.1"}.
+    Settings that only ever change together are one: {"method.distort_blur, method.distort_hue": "0.5, 0.1"}. Of many, such
+    as those that older runs lack, seven are named.
     """
     files = sorted({file for folder in folders for file in pathlib.Path(folder).rglob("metrics.json")})
     if not files:
@@ -830,10 +831,16 @@ def read_runs(folders) -> dict:
             together.setdefault(tuple(values.index(value) for value in values), []).append(key)
         differing = [names for pattern, names in together.items() if any(pattern)]
         runs[task] = [
-            ({", ".join(names): ", ".join(str(row.get(name)) for name in names) for names in differing}, seed, figures)
+            ({listed(names): listed([row.get(name) for name in names]) for names in differing}, seed, figures)
             for row, seed, figures in found
         ]
     return runs
+
+
+def listed(values: list) -> str:
+    """Eight values at most, else seven and how many more there are."""
+    shown = values if len(values) <= 8 else [*values[:7], f"{len(values) - 7} more"]
+    return ", ".join(map(str, shown))
 
 
 def markdown(header, rows) -> str:

@@ -267,6 +267,18 @@ def test_table_takes_settings_that_change_together_as_one(tmp_path, capsys):
     assert lines[-1].startswith("| method.focal_gamma | 2.0 | 0.0 | 1 | -1.0 | ")
 
 
+def test_table_names_seven_of_many_settings_that_change_together(tmp_path, capsys):
+    write_run(tmp_path / "a", 1, 10.0)
+    write_run(tmp_path / "b", 1, 7.0, **dict.fromkeys("abcdefgh", 5))
+    write_run(tmp_path / "c", 1, 7.0, **dict.fromkeys("abcdefghi", 5))
+    evaluation.main(["table", str(tmp_path / "a"), str(tmp_path / "b")])
+    assert capsys.readouterr().out.splitlines()[2].startswith("| " + ", ".join(f"method.{c}" for c in "abcdefgh") + " | runs |")
+    evaluation.main(["table", str(tmp_path / "a"), str(tmp_path / "c")])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2].startswith("| " + ", ".join(f"method.{c}" for c in "abcdefg") + ", 2 more | runs |")
+    assert lines[-1].split(" | ")[1:3] == ["None, None, None, None, None, None, None, 2 more", "5, 5, 5, 5, 5, 5, 5, 2 more"]
+
+
 def test_table_takes_runs_that_start_from_their_own_seed_as_alike(tmp_path, capsys):
     for seed, r1 in ((1, 10.0), (2, 14.0), (12, 3.0)):
         write_run(tmp_path / str(seed), seed, r1)
