@@ -737,7 +737,7 @@ def curve(folders):
     """Draw curve.png, and masks_over_training.png of the masks_STEP.png that there are, both in the first of folders."""
     logs = []
     for folder in folders:
-        file = os.path.join(folder, "log.jsonl")
+        file = file_of_run(folder, "log.jsonl")
         with open(file, encoding="utf-8") as lines:
             try:
                 log = [json.loads(line) for line in lines if line.endswith("\n")]
@@ -795,6 +795,14 @@ def headline(metrics: dict) -> dict[str, float]:
 def own_settings(settings: dict, task: str) -> dict:
     """Less what is named after other tasks."""
     return {name: part for name, part in settings.items() if name == task or name not in data.TASKS}
+
+
+def file_of_run(folder, name) -> str:
+    """The path of what train.py has written in folder under that name; InputError where it is not there."""
+    path = os.path.join(folder, name)
+    if not os.path.isfile(path):
+        raise data.InputError(f"{folder}: no {name} there, which a run of train.py leaves; name the folder of one")
+    return path
 
 
 def read_run(file) -> dict:
@@ -923,7 +931,7 @@ def computed(run) -> dict:
 
 def record(folders, path=RECORD):
     """Write the figures of finished runs, which may differ in seed and platform, as those that check compares with."""
-    runs = [read_run(os.path.join(folder, "metrics.json")) for folder in folders]
+    runs = [read_run(file_of_run(folder, "metrics.json")) for folder in folders]
     for folder, run in zip(folders, runs):
         if other := differences(computed(runs[0]), computed(run)):
             raise data.InputError(f"{folder} is a run under other settings than {folders[0]}: {'; '.join(other[:4])}")
@@ -939,7 +947,7 @@ def check(folder, path=RECORD) -> int:
     within mean ± 3 standard deviations s of the n recorded runs, widened for so few: t s sqrt(1 + 1 / n), where t is
     STUDENT's. s is at least 0.1, one item of 1,000. [ours] InputError for a run under other settings.
     """
-    run, recorded = read_run(os.path.join(folder, "metrics.json")), data.read_json(path)
+    run, recorded = read_run(file_of_run(folder, "metrics.json")), data.read_json(path)
     if other := differences(recorded["settings"], computed(run)):
         raise data.InputError(f"{folder} is a run under other settings than the recorded: {'; '.join(other[:4])}")
     runs = recorded["runs"]

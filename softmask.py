@@ -1367,7 +1367,7 @@ def checkpoint_path(path) -> str:
     for file in (str(path), os.path.join(path, "best.pt"), os.path.join(path, "checkpoint.pt")):
         if os.path.isfile(file):
             return file
-    raise FileNotFoundError(f"{path}: no such file, and no folder with best.pt or checkpoint.pt")
+    raise FileNotFoundError(f"{path}: no such file, and no folder with best.pt or checkpoint.pt of train.py")
 
 
 def read_checkpoint(path) -> dict:

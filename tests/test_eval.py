@@ -320,6 +320,8 @@ def test_masks_of_an_image_of_ones_own(mode, size, name, text, words, trained, t
     (["pretrain", "masks"], "'pretrain masks' is none of"),
     (["pretrain", "model.widht=3"], "model.widht is no setting"),
     (["pretrain", "--checkpoint", "none"], "none: no such file, and no folder with best.pt or checkpoint.pt"),
+    (["check", "none"], "none: no metrics.json there, which a run of train.py leaves"),
+    (["curve", "none"], "none: no log.jsonl there, which a run of train.py leaves"),
     (["pretrain", "--checkpoint", "config.yaml"], "config.yaml is no checkpoint that can be read safely"),
 ])  # fmt: skip
 def test_bad_command_line_is_one_line(arguments, message, trained, tmp_path):

@@ -186,7 +186,7 @@ def test_missing_start_is_one_line(task, start, tmp_path):
         f"--scale scenes first, or give --start FILE, or {task}.start=null"
     )
     result = run(tmp_path, "train.py", task, "--start", "none.pt", *TINY, cwd=tmp_path)
-    assert result.error == "none.pt: no such file, and no folder with best.pt or checkpoint.pt"
+    assert result.error == "none.pt: no such file, and no folder with best.pt or checkpoint.pt of train.py"
 
 
 # Killed and resumed
