@@ -1387,7 +1387,11 @@ def check(config, task):
         if path is not None and not os.path.exists(path):
             print(f"{key}: {path} is missing")
             found = False
-    tokenizer = softmask.load_tokenizer(data.tokenizer)
+    try:
+        tokenizer = softmask.load_tokenizer(data.tokenizer)
+    except ValueError as error:
+        print(f"data.tokenizer: {error}")
+        tokenizer, found = None, False
     for path, kind, files, layout, max_tokens in listed:
         try:
             records = Records([path], layout)
@@ -1417,11 +1421,13 @@ def check(config, task):
         max_words = MAX_QUESTION_WORDS if layout == "vqa_eval" else data.max_words
         words = [len(clean_text(text, kind, sys.maxsize).split()) for text in texts]
         cleaned = [clean_text(text, kind, max_words) for text in texts]
-        truncated = softmask.tokenize(tokenizer, cleaned, max_tokens)["truncated"] if texts else 0
+        tokens = ""
+        if tokenizer is not None:
+            truncated = softmask.tokenize(tokenizer, cleaned, max_tokens)["truncated"] if texts else 0
+            tokens = f", {truncated / max(len(texts), 1):.1%} cut at {max_tokens} tokens"
         cut = sum(count > max_words for count in words)
         print(f"  of {len(texts)} {TEXT_KEYS.get(kind, 'caption')}s {words.count(0)} are empty, "
-              f"{cut / max(len(texts), 1):.1%} cut at {max_words} words, "
-              f"{truncated / max(len(texts), 1):.1%} cut at {max_tokens} tokens")
+              f"{cut / max(len(texts), 1):.1%} cut at {max_words} words{tokens}")
         if answers is not None:
             ranked = [answer in answers for record in sample for answer in answers_of(record)]
             print(f"  of {len(ranked)} answers {np.mean(ranked or [0]):.1%} are in {files.answers}")

@@ -1022,6 +1022,11 @@ def test_check_counts_what_is_missing_and_cut(pairs, tmp_path, tokenizer, capsys
     assert "1 of 12 images missing" in out and f"  missing: {root}/none.png" in out
     assert "1 are empty, 0.0% cut at 30 words, 91.7% cut at 3 tokens" in out
     assert f"{evaluation}: not JSON" in out and f"data.foils: {tmp_path}/foils.json is missing" in out
+    files = dataclasses.replace(files, tokenizer=str(tmp_path / "none.txt"))
+    assert not data.check(dataclasses.replace(config, data=files), "pretrain")  # the files are looked through all the same
+    out = capsys.readouterr().out
+    assert f"data.tokenizer: tokenizer '{tmp_path}/none.txt': no such file" in out and "1 of 12 images missing" in out
+    assert "1 are empty, 0.0% cut at 30 words\n" in out and "tokens" not in out
 
 
 def test_load_nlvr2_and_entailment(pairs, tmp_path):
