@@ -332,17 +332,22 @@ class Signals:
         return agreed
 
     def __exit__(self, kind, error, trace):
-        """Say that a signal ended it: also where a lost loader worker or process, which got one too, was noticed first."""
+        """Say that a signal ended it: also where a lost loader worker or process, which got one too, was noticed first.
+
+        Whatever ended it, loader workers end with it: they outlive SIGTERM for a while, and hold the connections of this
+        process, whose end the others have to see.
+        """
         if isinstance(error, RuntimeError) and evaluation.world_size() > 1:
             self.at_once = False
             time.sleep(1)  # in which the signal that ended another process comes here, too
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's raises an error for each worker that ends
+        for worker in multiprocessing.active_children():
+            worker.kill()
         if self.caught and isinstance(error, (SystemExit, RuntimeError)):
             if evaluation.rank() == 0:
                 name = signal.Signals(self.caught).name
                 there = " from there" if self.place else ""
                 print(f"stopped by {name}{self.place}; {self.command} goes on{there}", file=sys.stderr)
-            for worker in multiprocessing.active_children():
-                worker.kill()  # they hold the connections of this process, whose end the others have to see
             sys.exit(128 + self.caught)
 
 

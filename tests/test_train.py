@@ -10,6 +10,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 import types
 
 import pytest
@@ -870,7 +871,11 @@ def test_too_many_bad_records_stop_the_run(own_files, tmp_path):
     assert re.match(r"\d of 4 records were bad, more than max_bad_image_share 0.0", result.error)
     for path in root.iterdir():
         path.unlink()
-    result = run(tmp_path, "train.py", "--out", tmp_path / "out", *settings, "num_workers=1")  # raised in the worker
+    command = Command(tmp_path, "train.py", "--out", tmp_path / "out", *settings, "num_workers=1")  # raised in the worker
+    said, end = pathlib.Path(command.outputs[0] + ".err"), time.monotonic() + 60
+    while not (said.exists() and "error: " in said.read_text()) and time.monotonic() < end:
+        time.sleep(0.05)
+    result = command.wait(timeout=10)  # the worker, which outlives SIGTERM for 20 s, does not hold it up
     assert result.error.startswith("20 records in a row are bad, the last '")
     assert ".jpg" in result.error and "No such file" in result.error
 
