@@ -166,7 +166,7 @@ def prepare(model, config):
         if torch.__version__ < "2.12":  # its choice of tiles fails on lengths that vary: pytorch issue 181563
             torch._inductor.config.triton.coalesce_tiling_analysis = False
     attending = None
-    if isinstance(model, softmask.PretrainModel) and model.soft_mask:
+    if isinstance(model, softmask.PretrainModel):  # also where evaluation alone has word attention
         attending = model.encoders.fusion.layers[model.attention_layer]
     for layer in model.modules():
         if isinstance(layer, (softmask.VisionBlock, softmask.TextLayer)):

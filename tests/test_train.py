@@ -415,6 +415,29 @@ def test_layers_stay_compiled_through_training_and_evaluation(task, tmp_path, mo
         train.main([task, "--out", str(tmp_path), *TINY, *FEW_LAYERS, f"{task}.start=null", "compile=true"])
 
 
+def test_word_attention_of_a_compiled_model_that_is_trained_without_it(monkeypatch):
+    """Grounding has no soft mask, and is scored by word attention."""
+    compiled = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **k: compiled(f, backend="aot_eager", **k))
+    torch.compiler.reset()
+    config = data.load_config("scenes", [*TINY, *FEW_LAYERS, "compile=true"])
+    settings = data.config_to_dict(config)
+    torch.manual_seed(0)
+    model = softmask.build_model("grounding", 50, settings["model"], settings["method"]).eval()
+    text_embeds, image_embeds, mask = torch.randn(3, 7, 32), torch.randn(3, 17, 32), torch.ones(3, 7)
+
+    def attention():
+        encoders = model.encoders
+        states = text_embeds, mask, encoders.image_keys_values(image_embeds)
+        fused, attention = encoders.fuse(*states, attention_layer=model.attention_layer)
+        return softmask.word_attention(attention, model.itm_head(fused[:, 0])[:, 1])
+
+    plain = attention()
+    train.prepare(model, config)
+    torch.testing.assert_close(attention(), plain)
+    assert (plain > 0).any()
+
+
 # Two processes are one process with two micro-batches
 
 
