@@ -88,6 +88,12 @@ def autocast(config, device):
     return torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
 
 
+def match_scores(model, fused):
+    """"Match" logits (R,), float32, of fused states (R, L, D): in bf16 many are equal, and a tie counts against us."""
+    with torch.autocast(fused.device.type, enabled=False):
+        return model.itm_head(fused[:, 0].float())[:, 1]
+
+
 # Retrieval
 
 
@@ -176,7 +182,7 @@ def retrieval_scores(model, tokenize, paths, captions, config):
                     mask = torch.arange(lengths[texts].max(), device=device) < lengths[texts, None]
                     states = text_embeds[texts, : mask.shape[1]]
                     fused, _ = encoders.fuse(states, mask, keys_values, cls_only=True)
-                    scores[i, texts] = model.itm_head(fused[:, 0])[:, 1].float()
+                    scores[i, texts] = match_scores(model, fused)
     if world_size() > 1:
         dist.all_reduce(scores, dist.ReduceOp.MAX)
     return sim, scores.masked_fill(~wanted_i2t, -torch.inf), scores.masked_fill(~wanted_t2i, -torch.inf).T
@@ -243,7 +249,7 @@ def token_attention(model, images, tokens, config):
         fused, attention = encoders.fuse(
             text_embeds, tokens["attention_mask"], keys_values, attention_layer=model.attention_layer
         )
-        return softmask.word_attention(attention, model.itm_head(fused[:, 0])[:, 1].float())
+        return softmask.word_attention(attention, match_scores(model, fused))
 
 
 def pointing_metrics(model, tokenize, rows, image_root, side, config):
@@ -273,6 +279,7 @@ def pointing_metrics(model, tokenize, rows, image_root, side, config):
     return metrics.pop("shape") | metrics
 
 
+@torch.no_grad()
 def foil_metrics(model, tokenize, rows, image_root, config):
     """Is the true caption's ITM score above its foil's: percent per kind, its standard error and the number. [ours]
 
@@ -286,7 +293,7 @@ def foil_metrics(model, tokenize, rows, image_root, config):
             for text in tokens:
                 embeds = encoders.encode_text(text["input_ids"], text["attention_mask"])
                 fused, _ = encoders.fuse(embeds, text["attention_mask"], keys_values, cls_only=True)
-                scores.append(model.itm_head(fused[:, 0])[:, 1].float())
+                scores.append(match_scores(model, fused))
         for row, above in zip(batch, (scores[0] > scores[1]).tolist()):
             right.setdefault(row["kind"], []).append(above)
     metrics = {}

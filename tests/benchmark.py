@@ -274,7 +274,7 @@ def measure_rerank(options):
                 keys_values = encoders.image_keys_values(image_embeds)
                 mask = torch.arange(lengths[chosen].max(), device=device) < lengths[chosen, None]
                 fused, _ = encoders.fuse(states[chosen, : mask.shape[1]], mask, keys_values, cls_only=True)
-                return model.itm_head(fused[:, 0])[:, 1].float()
+                return evaluation.match_scores(model, fused)
 
         took = median_seconds(score, device, options.steps)
         report("rerank", config, "retrieval", texts=texts, seconds=took, pairs_per_second=texts / took)

@@ -102,6 +102,26 @@ def test_retrieval_scores_are_those_of_single_pairs(top_k, batch_size, scene):
     assert scores_t2i.isfinite().sum(1).tolist() == [min(top_k, 7)] * 9
 
 
+def test_match_scores_under_bf16_are_not_rounded_to_ties(scene):
+    """With 8 bits many scores were equal, each a miss."""
+    model, tokenizer, config, folder = scene
+    config = dataclasses.replace(config, precision="bf16")
+    tokenize = tokenize_with(tokenizer, config)
+    paths = [str(folder / "images" / "val" / f"{number:05d}.jpg") for number in range(7)]
+    _, scores, _ = evaluation.retrieval_scores(model, tokenize, paths, CAPTIONS, config)
+    scores = scores[scores.isfinite()]
+    assert (scores != scores.bfloat16().float()).float().mean() > 0.9
+
+    foils = json.loads((folder / "foils_test.json").read_text())[:20]
+    seen, match_scores = [], evaluation.match_scores
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluation, "match_scores", lambda *given: seen.append(match_scores(*given)) or seen[-1])
+        evaluation.foil_metrics(model, tokenize, foils, folder, config)
+    scores = torch.cat(seen)
+    assert len(scores) == 40 and (scores != scores.bfloat16().float()).float().mean() > 0.9
+    assert not scores.requires_grad
+
+
 def test_two_processes_have_the_figures_of_one(trained, tmp_path):
     rows = json.loads((commands.scenes_folder() / "retrieval_test.json").read_text())
     for row in rows[::3]:
