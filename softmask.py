@@ -444,7 +444,7 @@ class Encoders(nn.Module):
 
 # Queue
 @torch.no_grad()
-def write_queue(queue, written: int, entries):
+def write_queue(queue, written, entries):
     """Write entries (n, ...) over the oldest of queue (K, ...), in place, after `written` others, for any n. [ALBEF]"""
     size = len(queue)
     if size:
@@ -547,7 +547,7 @@ def words_loss(logits, input_ids, word_ids, sharpness: float = 5.0):
 def itm_accuracy(logits, labels):
     """Mean of the accuracy on matches and on non-matches, each in [0, 1], 0.5 for a kind that does not occur. [ours]"""
     right = logits.argmax(1) == labels
-    rates = [torch.where((labels == kind).any(), right[labels == kind].float().mean(), 0.5) for kind in (0, 1)]
+    rates = [torch.where(kind.any(), (right & kind).sum() / kind.sum(), 0.5) for kind in (labels == 0, labels == 1)]
     return sum(rates) / 2
 
 
@@ -664,7 +664,7 @@ class PretrainModel(TaskModel):
         image_ids = image_feat_m.new_full(image_feat_m.shape[:1], -100).long() if image_ids is None else image_ids
         for name, entries in (("image_queue", image_feat_m), ("text_queue", text_feat_m), ("queue_ids", image_ids)):
             entries = gather(entries)
-            write_queue(self.get_buffer(name), int(self.queue_written), entries)
+            write_queue(self.get_buffer(name), self.queue_written, entries)
         self.queue_written += len(entries)
 
     @torch.no_grad()
