@@ -49,6 +49,7 @@ import functools
 import math
 import os
 import re
+import unicodedata
 
 import torch
 import torch.nn as nn
@@ -949,8 +950,7 @@ GEOMETRIC_OPS = {  # angle in degrees, shift in pixels, shear as slopes, and the
     "translate_x": (0, [7, 0], [0, 0], None), "translate_y": (0, [0, 7], [0, 0], None),
     "rotate": (21, [0, 0], [0, 0], None),
 }
-RANDAUGMENT_OPS = (*PHOTOMETRIC_OPS, *GEOMETRIC_OPS)
-"""[ALBEF] dataset/__init__.py: the ten operations, at level 7 of 10; not those of torchvision's RandAugment."""
+RANDAUGMENT_OPS = (*PHOTOMETRIC_OPS, *GEOMETRIC_OPS)  # [ALBEF] dataset/__init__.py, at level 7 of 10; not torchvision's
 
 
 def randaugment_op(image, name: str, sign: int):
@@ -1039,10 +1039,9 @@ def clean_question(question: str, max_words: int) -> str:
 
 
 def load_tokenizer(name):
-    """A BERT tokenizer: name is a vocab.txt, its folder, its list of entries, or a name on the hub; else ValueError."""
+    """A BERT tokenizer, lower case: name is a vocab.txt, its folder, its entries, or on the hub; else ValueError."""
     from transformers import AutoTokenizer, BertTokenizer  # here, so that the rest of this module does without
-    if isinstance(name, str) and os.path.isdir(name):
-        name = os.path.join(name, "vocab.txt")
+    name = os.path.join(name, "vocab.txt") if isinstance(name, str) and os.path.isdir(name) else name
     if not isinstance(name, str):
         entries, name = list(name), "vocabulary"
     elif os.path.isfile(name):
@@ -1056,13 +1055,14 @@ def load_tokenizer(name):
         except Exception as error:  # the hub's client raises many kinds
             reason = f"no file here, nor loaded from the hub ({type(error).__name__}); name a vocab.txt"
             raise ValueError(f"tokenizer {name!r}: {reason}") from None
-    if absent := {"[PAD]", "[UNK]", "[CLS]", "[MASK]"} - set(entries):
-        raise ValueError(f"{name} is no BERT vocabulary: it lacks {', '.join(sorted(absent))}")
+    if lack := sorted({"[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"} - set(entries)) or ["words"] * (len(entries) < 6):
+        raise ValueError(f"{name} is no BERT vocabulary: it lacks {', '.join(lack)}")
     if len(set(entries)) < len(entries):
         twice = next(entry for entry in entries if entries.count(entry) > 1)
         raise ValueError(f"{name}: the entry {twice!r} stands there twice, so ids are not clear; remove one")
+    accents = any(map(unicodedata.combining, unicodedata.normalize("NFD", "".join(entries))))  # then they stay in texts
     # transformers 5 ignores vocab_file= without a word and maps all to [UNK]; vocab= works
-    return BertTokenizer(vocab={entry: i for i, entry in enumerate(entries)})
+    return BertTokenizer(vocab={entry: i for i, entry in enumerate(entries)}, strip_accents=not accents)
 
 
 def vocabulary(tokenizer) -> list[str]:

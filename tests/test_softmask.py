@@ -1725,10 +1725,21 @@ def test_a_tokenizer_of_the_hub_is_the_one_that_its_checkpoint_gives(monkeypatch
         softmask.load_tokenizer("roberta-base")
 
 
-@pytest.mark.parametrize("absent", ["[PAD]", "[UNK]", "[CLS]", "[MASK]"])
+@pytest.mark.parametrize("absent", ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"])
 def test_vocabulary_that_lacks_a_special_token(absent):
     with pytest.raises(ValueError, match=absent.replace("[", r"\[")):
         softmask.load_tokenizer([entry for entry in VOCABULARY if entry != absent])
+
+
+def test_vocabulary_without_a_word():
+    with pytest.raises(ValueError, match="it lacks words"):
+        softmask.load_tokenizer([entry for entry in VOCABULARY if entry.startswith("[")])
+
+
+def test_accents_stay_where_the_vocabulary_has_some():
+    for word in ("läuft", "lauft"):
+        tokenizer = softmask.load_tokenizer([*VOCABULARY, word])
+        assert softmask.tokenize(tokenizer, ["Läuft"], 9)["input_ids"].tolist() == [[2, len(VOCABULARY)]]
 
 
 def test_tokenizer_that_is_nowhere(monkeypatch):
