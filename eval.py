@@ -514,6 +514,48 @@ def ground(model, rows, tokenize, config):
     return grounding_accuracy(rows, share(cams).cpu().unflatten(1, (grid, grid)))
 
 
+def load_rows(task, file, config):
+    """The rows of an annotation file that VQA, NLVR2, entailment or grounding is evaluated on."""
+    readers = {"vqa": data.load_vqa, "nlvr2": data.load_nlvr2, "entailment": data.load_entailment}
+    return readers.get(task, data.load_grounding)(file, config)
+
+
+def lacking(task, config, split) -> str | None:
+    """What a task's evaluation on a split lacks, named after its setting; None where the file is there."""
+    part = f"retrieval_sets.{config.data.retrieval}" if task in ("pretrain", "retrieval") else task
+    file = getattr(data.task_files(config, "retrieval" if task == "pretrain" else task), split)
+    if file is None:
+        return f"data.{part}.{split} is null"
+    return None if os.path.isfile(file) else f"data.{part}.{split}: {file} is missing"
+
+
+def look_ahead(task, config):
+    """Read what a task will be evaluated on, and look for the first image, so that a mistake there costs no training.
+
+    InputError for what could not be evaluated; where pre-training has no file for it, a line says so.
+    """
+    files = data.task_files(config, "retrieval" if task == "pretrain" else task)
+    for split in ("test",) if task == "pretrain" else ("val", "test"):
+        file = getattr(files, split)
+        if lack := lacking(task, config, split):
+            if task == "pretrain" and rank() == 0:
+                print(f"no evaluation at the end: {lack}", file=sys.stderr)
+            elif task != "pretrain" and file is not None:
+                raise data.InputError(lack)
+            continue
+        if task in ("pretrain", "retrieval"):
+            images, _, _ = data.load_retrieval(file, files.image_root, config.data.max_words)
+        else:
+            images = [image for row in load_rows(task, file, config)[:1] for image in row.get("images", [row.get("image")])]
+        if images and not os.path.isfile(images[0]):
+            raise data.InputError(f"{images[0]}: no such file, the first image of {file}; see the image_root beside it")
+    if task == "vqa" and (files.val or files.test):
+        data.load_answers(files.answers)
+    for path in (config.data.grounding_boxes, config.data.foils) if task == "pretrain" else ():
+        if path is not None:
+            data.read_json(path)
+
+
 def evaluate(task, model, tokenizer, config, split, out):
     """The figures of a fine-tuned model on one split, "val" or "test"; {} where the settings name no file for it.
 
@@ -525,22 +567,22 @@ def evaluate(task, model, tokenizer, config, split, out):
     file = getattr(files, split)
     if file is None:
         return {}
+    rows = None if task == "retrieval" else load_rows(task, file, config)
     max_tokens = data.evaluation_max_tokens(config, task)
     tokenize = functools.partial(softmask.tokenize, tokenizer, max_tokens=max_tokens)
     if task == "retrieval":
         return retrieval(model, tokenize, file, files.image_root, config)
     if task == "grounding":
-        return ground(model, data.load_grounding(file, config), tokenize, config)
+        return ground(model, rows, tokenize, config)
     if task == "vqa":
-        rows = data.load_vqa(file, config)
         chosen = answer_questions(model, rows, data.load_answers(files.answers), tokenize, config)
         if rank() == 0:
             results = [{"question_id": row["question_id"], "answer": answer} for row, answer in zip(rows, chosen)]
             data.write_atomically(os.path.join(out, f"answers_{split}.json"), json.dumps(results).encode())
         return vqa_metrics(rows, chosen)
     if task == "nlvr2":
-        return classify(model, data.load_nlvr2(file, config), ("false", "true"), tokenize, config)
-    return classify(model, data.load_entailment(file, config), data.ENTAILMENT_LABELS, tokenize, config)
+        return classify(model, rows, ("false", "true"), tokenize, config)
+    return classify(model, rows, data.ENTAILMENT_LABELS, tokenize, config)
 
 
 def score(task, metrics) -> float:
@@ -561,8 +603,8 @@ def evaluate_pretrained(model, tokenizer, config, out, split="test"):
     model.eval()
     settings = config.data.retrieval_sets[config.data.retrieval]
     file = getattr(settings, split)
-    if file is None or not os.path.isfile(file):
-        print(f"no evaluation: data.retrieval_sets.{config.data.retrieval}.{split}: {file} is missing", file=sys.stderr)
+    if lack := lacking("pretrain", config, split):
+        print(f"no evaluation: {lack}", file=sys.stderr)
         return {}
     max_tokens = data.evaluation_max_tokens(config, "pretrain")
     tokenize = functools.partial(softmask.tokenize, tokenizer, max_tokens=max_tokens)
@@ -574,7 +616,7 @@ def evaluate_pretrained(model, tokenizer, config, out, split="test"):
     boxes, scenes = config.data.grounding_boxes, config.data.scenes
     if boxes is not None and scenes is not None and has_attention and split == "test":
         rows, side = data.read_json(boxes), scenes.image_size
-        metrics["pointing"] = pointing_metrics(model, tokenize, rows, settings.image_root, side, config)
+        metrics["pointing"] = pointing_metrics(model, tokenize, rows, os.path.dirname(boxes), side, config)
     if config.eval.pictures and has_attention:
         paths, captions, image_of_text = data.load_retrieval(file, settings.image_root, config.data.max_words)
         firsts = np.unique(image_of_text, return_index=True)[1][: config.eval.pictures]  # the first caption of an image
@@ -582,7 +624,7 @@ def evaluate_pretrained(model, tokenizer, config, out, split="test"):
         draw_masks(api, [(paths[image_of_text[t]], captions[t]) for t in firsts], os.path.join(out, "masks.png"))
     if config.data.foils is not None and split == "test":
         rows = data.read_json(config.data.foils)
-        metrics["foils"] = foil_metrics(model, tokenize, rows, settings.image_root, config)
+        metrics["foils"] = foil_metrics(model, tokenize, rows, os.path.dirname(config.data.foils), config)
     return metrics
 
 
@@ -1060,13 +1102,15 @@ def main(arguments):
         elif config.data.grounding_boxes is None:
             raise data.InputError(f"masks: scale {options.scale} has no scenes; give --image and --text")
         else:
-            root = config.data.retrieval_sets[config.data.retrieval].image_root
+            root = os.path.dirname(config.data.grounding_boxes)
             rows = data.read_json(config.data.grounding_boxes)[: config.eval.pictures]
             pairs = [(data.join_image_path(root, row["image"]), row["caption"]) for row in rows]
         max_tokens = checkpoint["config"][checkpoint["task"]]["max_tokens"]
         draw_masks(softmask.Pretrained(model, tokenizer, max_tokens, config.data.max_words), pairs, target)
         print(target)
         return
+    if lack := lacking(task, config, options.split):
+        raise data.InputError(f"{lack}; name the file to evaluate on")
     if task == "pretrain":
         metrics = evaluate_pretrained(model, tokenizer, config, folder, options.split)
     else:

@@ -134,6 +134,26 @@ def test_two_processes_have_the_figures_of_one(trained, tmp_path):
     assert one.out == two.out and "re-ranked by ITM" in one.out
 
 
+def test_evaluation_without_a_file_is_refused(trained, tmp_path):
+    for value, message in (("null", "test is null; name the file"), ("none.json", "none.json is missing; name the file")):
+        setting = f"data.retrieval_sets.scenes.test={value}"
+        result = run(tmp_path, "eval.py", "pretrain", "--checkpoint", trained.out, *trained.arguments, setting)
+        assert message in result.error
+
+
+def test_a_gallery_of_ones_own_beside_the_scenes_boxes_and_foils(scene, tmp_path):
+    """These were looked for among its images."""
+    model, tokenizer, config, folder = scene
+    for name in ("one", "two"):
+        Image.new("RGB", (40, 30), "red").save(tmp_path / f"{name}.jpg")
+    rows = [{"image": f"{name}.jpg", "caption": f"a {name}"} for name in ("one", "two")]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    mine = data.Files(str(tmp_path), [], None, str(tmp_path / "rows.json"))
+    settings = dataclasses.replace(config.data, retrieval="mine", retrieval_sets={"mine": mine})
+    metrics = evaluation.evaluate_pretrained(model, tokenizer, dataclasses.replace(config, data=settings), str(tmp_path))
+    assert metrics.keys() == {"zero_shot", "reranked", "pointing", "foils"}
+
+
 # Pointing
 
 

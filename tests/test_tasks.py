@@ -102,6 +102,25 @@ def test_task_trains_and_writes_its_files(task, runs):
     assert evaluation.score(task, metrics["val"]) == best["score"] == pytest.approx(max(scores), abs=0.01)
 
 
+def test_a_mistake_in_what_is_evaluated_on_ends_the_run_before_it_trains(tmp_path):
+    """It showed after an epoch, and the settings that mend it were refused with the run's checkpoint."""
+    (tmp_path / "answers.json").write_text('{"red": 0}')
+    (tmp_path / "rows.json").write_text('[{"image": "images/test/none.jpg", "caption": "a star"}]')
+    (tmp_path / "vqa.json").write_text('[{"image": "images/val/00000.jpg", "question": "what?", "question_id": 1}]')
+    retrieval = "data.retrieval_sets.scenes"
+    for task, setting, message in (
+        ("vqa", f"data.vqa.answers={tmp_path / 'answers.json'}", "wanted a JSON list of one or more strings"),
+        ("vqa", f"data.vqa.val={tmp_path / 'vqa.json'}", "dataset"),
+        ("vqa", "data.vqa.test=none.json", "data.vqa.test: none.json is missing"),
+        ("retrieval", f"{retrieval}.test={tmp_path / 'rows.json'}", "none.jpg: no such file, the first image of"),
+        ("pretrain", f"{retrieval}.image_root={tmp_path}", "images/test/00000.jpg: no such file, the first image of"),
+        ("pretrain", f"data.foils={tmp_path / 'none.json'}", "none.json"),
+    ):  # fmt: skip
+        out = tmp_path / "out"
+        result = run(tmp_path, "train.py", task, "--out", out, *TINY, f"{task}.start=null", setting)
+        assert message in result.error and not (out / "log.jsonl").exists()
+
+
 def test_loss_of_answers_falls(runs):
     losses = [line["loss"] for line in read_log(runs.out / "vqa")]
     assert sum(losses[-6:]) < 0.95 * sum(losses[:6])

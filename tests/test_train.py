@@ -729,7 +729,8 @@ def test_free_settings_may_change_and_processes_stand_in_for_accumulation(tmp_pa
     arguments = ["train.py", "--out", tmp_path, *TINY, *PAIR]
     command = Command(tmp_path, *arguments, "pretrain.accumulation=2")
     command.kill_when(lambda: len(read_log(tmp_path)) == 5)
-    result = run(tmp_path, *arguments, "num_workers=1", "checkpoint_every_steps=2", "eval.top_k=3", processes=2)
+    result = run(tmp_path, *arguments, "num_workers=1", "checkpoint_every_steps=2", "eval.top_k=3",
+                 "data.foils=null", processes=2)  # fmt: skip
     assert result.status == [0, 0] and "goes on from step 3" in result.out, result.err
     assert [line["step"] for line in read_log(tmp_path)] == list(range(1, 13))
 
