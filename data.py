@@ -1141,6 +1141,8 @@ class ShuffledBatches:
         self.blocks = range(rank * accumulation, (rank + 1) * accumulation)
         self.global_batch = batch_size * accumulation * world_size
         self.steps_per_epoch = size // self.global_batch
+        if not size:
+            raise InputError("the training files hold no record with an image and a text; see train.py check")
         if not self.steps_per_epoch:
             raise InputError(f"{size} records are fewer than the {self.global_batch} of one step "
                              "(batch_size x accumulation x processes); lower batch_size")
@@ -1371,11 +1373,12 @@ class ImageDataset(Dataset):
 def check(config, task):
     """Look through the files of a task and print what they hold.
 
-    Per annotation file: records, images that do not exist, texts that are empty or cut; of VQA the share of the answers
-    in the list that is ranked, of grounding the expressions without proposals. Pre-training's evaluation is zero-shot
-    retrieval. Returns True when nothing is missing or malformed. config: Config after resolve_scenes.
+    Per annotation file: records, images that do not exist, texts that are empty or cut, word pieces that the vocabulary
+    lacks; of VQA the share of the answers in the list that is ranked, of grounding the expressions without proposals.
+    Pre-training's evaluation is zero-shot retrieval. Returns True when nothing is missing, malformed or too little to
+    train on. config: Config after resolve_scenes.
     """
-    data, found = config.data, True
+    data, found, total = config.data, True, 0
     evaluated = "retrieval" if task == "pretrain" else task
     evaluation, max_tokens = task_files(config, evaluated), task_settings(config, task).max_tokens
     listed = [(path, task, task_files(config, task), task, max_tokens) for path in training_files(config, task)]
@@ -1392,7 +1395,8 @@ def check(config, task):
     except ValueError as error:
         print(f"data.tokenizer: {error}")
         tokenizer, found = None, False
-    for path, kind, files, layout, max_tokens in listed:
+    for number, (path, kind, files, layout, max_tokens) in enumerate(listed):
+        training = number < len(training_files(config, task))
         try:
             records = Records([path], layout)
             looked_at = (records[index] for index in range(min(len(records), MAX_CHECKED_IMAGES)))
@@ -1408,6 +1412,7 @@ def check(config, task):
             print(error)
             found = False
             continue
+        total += len(records) * training
         missing = [image for image in images if not os.path.exists(image)]
         left_out = f"; {records.left_out} samples without a caption left out" * bool(records.left_out)
         print(f"{path}: {len(records)} records; {len(missing)} of {len(images)} images missing{left_out}")
@@ -1421,18 +1426,29 @@ def check(config, task):
         max_words = MAX_QUESTION_WORDS if layout == "vqa_eval" else data.max_words
         words = [len(clean_text(text, kind, sys.maxsize).split()) for text in texts]
         cleaned = [clean_text(text, kind, max_words) for text in texts]
-        tokens = ""
-        if tokenizer is not None:
-            truncated = softmask.tokenize(tokenizer, cleaned, max_tokens)["truncated"] if texts else 0
-            tokens = f", {truncated / max(len(texts), 1):.1%} cut at {max_tokens} tokens"
+        tokens, empty = "", words.count(0) + sum(not texts_of(record, kind) for record in sample)
+        if tokenizer is not None and texts:
+            tokenized = softmask.tokenize(tokenizer, cleaned, max_tokens)
+            pieces = tokenized["input_ids"][tokenized["word_ids"] >= 0]
+            unknown = (pieces == tokenizer.unk_token_id).float().mean().item() if len(pieces) else 0.0
+            tokens = f", {tokenized['truncated'] / len(texts):.1%} cut at {max_tokens} tokens; {unknown:.1%} of their word "
+            tokens += f"pieces are not in {data.tokenizer}"
+            found = found and unknown < 0.5
         cut = sum(count > max_words for count in words)
-        print(f"  of {len(texts)} {TEXT_KEYS.get(kind, 'caption')}s {words.count(0)} are empty, "
+        print(f"  of {len(texts)} {TEXT_KEYS.get(kind, 'caption')}s {empty} are empty, "
               f"{cut / max(len(texts), 1):.1%} cut at {max_words} words{tokens}")
+        if training and empty > config.max_bad_image_share * max(len(sample), 1):
+            print(f"  that is more than max_bad_image_share ({config.max_bad_image_share}) of {len(sample)} records")
+            found = False
         if answers is not None:
             ranked = [answer in answers for record in sample for answer in answers_of(record)]
             print(f"  of {len(ranked)} answers {np.mean(ranked or [0]):.1%} are in {files.answers}")
         if rows is not None:
             print(f"  {sum(not row['dets'] for row in rows)} of {len(rows)} texts have no proposals in {files.dets}")
+    settings = task_settings(config, task)
+    if found and total < settings.batch_size * settings.accumulation:
+        print(f"{total} records are fewer than the {settings.batch_size * settings.accumulation} of one step")
+        found = False
     return found
 
 

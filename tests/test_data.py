@@ -58,7 +58,7 @@ def pairs(tmp_path):
         rows.append({"image": f"{number}.png", "caption": captions})
     roots = [f"data.{key}image_root={tmp_path}" for key in ("pretrain_", "vqa.", "nlvr2.", "entailment.", "grounding.")]
     config = data.load_config("scenes", [
-        "data.scenes=null", "model.image_size=16", *NO_CROP, *roots, f"data.vqa.vg_image_root={tmp_path}/vg",
+        "data.scenes=null", "model.image_size=16", *NO_CROP, *roots, *(f"{task}.batch_size=2" for task in data.TASKS), f"data.vqa.vg_image_root={tmp_path}/vg",
         f"data.retrieval_sets.scenes.image_root={tmp_path}"])
     return rows, config
 
@@ -1029,6 +1029,31 @@ def test_check_counts_what_is_missing_and_cut(pairs, tmp_path, tokenizer, capsys
     assert "1 are empty, 0.0% cut at 30 words\n" in out and "tokens" not in out
 
 
+def test_check_finds_what_training_would_refuse_or_learn_nothing_from(pairs, tmp_path, capsys):
+    rows, config = pairs
+    evaluation = write_json(tmp_path / "e.json", rows[:2])
+    sets = {"tiny": data.Files(str(tmp_path), [], None, evaluation)}
+
+    def check(rows, vocabulary=VOCABULARY, batch_size=2):
+        """Whether all is well, and what check prints."""
+        (tmp_path / "vocab.txt").write_text("\n".join(vocabulary))
+        files = dataclasses.replace(
+            config.data, tokenizer=str(tmp_path / "vocab.txt"), pretrain_files=[write_json(tmp_path / "p.json", rows)],
+            retrieval="tiny", retrieval_sets=sets, grounding_boxes=None, foils=None)
+        pretrain = dataclasses.replace(config.pretrain, batch_size=batch_size)
+        found = data.check(dataclasses.replace(config, data=files, pretrain=pretrain), "pretrain")
+        return found, capsys.readouterr().out
+
+    found, out = check(rows)
+    assert found and "0.0% of their word pieces are not in" in out
+    found, out = check(rows, [*VOCABULARY[:5], "red"])
+    assert not found and "85.7% of their word pieces are not in" in out  # 12 of 14
+    found, out = check(rows, batch_size=13)
+    assert not found and "12 records are fewer than the 13 of one step" in out
+    found, out = check([*rows[:10], rows[10] | {"caption": []}, rows[11] | {"caption": ["..."]}])
+    assert not found and "2 are empty" in out and "more than max_bad_image_share (0.01) of 12 records" in out
+
+
 def test_load_nlvr2_and_entailment(pairs, tmp_path):
     rows, config = pairs
     root = str(tmp_path)
@@ -1247,6 +1272,7 @@ def test_check_of_the_other_tasks(pairs, tmp_path, tokenizer, capsys):
         contents = task_rows(rows, task)
         parts = contents, contents[:4]
         files[task] = [write_json(tmp_path / f"{task}{i}.json", part) for i, part in enumerate(parts)]
+    (tmp_path / "vocab.txt").write_text("\n".join([*VOCABULARY, "is", "it"]))
     answers = write_json(tmp_path / "answers.json", ["left", "right"])
     settings = dataclasses.replace(
         config.data, tokenizer=str(tmp_path / "vocab.txt"), grounding_boxes=None, foils=None,
