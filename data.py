@@ -314,10 +314,12 @@ def config_from_dict(values, source="settings"):
 
 def resolve_scenes(config):
     """Render the embedded scenes, where the settings ask for them, and put their folder in place of "{scenes}"."""
-    text = json.dumps(config_to_dict(config)["data"])
+    values = config_to_dict(config)["data"]
+    text = json.dumps(values)
     if config.data.scenes is None:
         if "{scenes}" in text:
-            raise InputError('data.scenes is null, yet a path of data holds "{scenes}"; set data.scenes or the path')
+            keys = ", ".join(f"data.{key}" for key, value in values.items() if "{scenes}" in json.dumps(value))
+            raise InputError(f'data.scenes is null, yet paths hold "{{scenes}}": in {keys}; set data.scenes or these')
         return config
     folder = render_scenes(os.path.join(HERE, "data", "scenes"), **dataclasses.asdict(config.data.scenes))
     data = json.loads(text.replace("{scenes}", json.dumps(str(folder))[1:-1]))
@@ -383,7 +385,8 @@ def _convert(value, kind, key):
         for name in value:
             if name not in hints:
                 name = str(name)[:100]
-                nearest = difflib.get_close_matches(name, hints, n=1, cutoff=0.0)[0]
+                inside = [f"{part}.{name}" for part, hint in hints.items() if name in getattr(hint, "__annotations__", ())]
+                nearest = (inside or difflib.get_close_matches(name, hints, n=1, cutoff=0.0))[0]
                 raise InputError(f"{prefix}{name} is no setting; the nearest is {prefix}{nearest}")
         for name in hints:
             if name not in value:
@@ -400,7 +403,8 @@ def _convert(value, kind, key):
             pass
     if type(value) is not kind or kind is float and not math.isfinite(value):  # type(): a bool is no int here
         wanted = "mapping" if dataclasses.is_dataclass(kind) or arguments[1:] else getattr(kind, "__name__", kind)
-        raise InputError(f"{key}: wanted {wanted}, got {short(value)}")
+        write = f"; write [{short(value)}]" if wanted == "list" and type(value) is str else ""
+        raise InputError(f"{key}: wanted {wanted}, got {short(value)}{write}")
     return value
 
 

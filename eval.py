@@ -1051,7 +1051,10 @@ def load_for(task, path, device):
     if task != checkpoint["task"] and not (
         task in ("pretrain", "retrieval", "grounding") and isinstance(model, softmask.PretrainModel)
     ):
-        raise data.InputError(f"{path} is of task {checkpoint['task']}; {task} wants one of its own: python train.py {task}")
+        wanted = f"{task} wants one of its own: python train.py {task}"
+        if task in ("pretrain", "retrieval", "grounding"):
+            wanted = "wanted is one of pretrain, retrieval or grounding"
+        raise data.InputError(f"{path} is of task {checkpoint['task']}; {wanted}")
     return model, tokenizer, checkpoint
 
 
@@ -1064,7 +1067,7 @@ def main(arguments):
     parser.add_argument("--image", help="masks: your own image")
     parser.add_argument("--text", help="masks: your own sentence")
     parser.add_argument("--split", default="test", choices=("val", "test"), help="split to evaluate on")
-    parser.add_argument("--out", help="masks: the PNG to write (default: masks.png in the checkpoint's folder)")
+    parser.add_argument("--out", help="masks: the PNG to write (default: masks.png in the checkpoint's folder, IMAGE_masks.png)")
     parser.add_argument("--record", action="store_true", help="check: write the figures of DIR... as the recorded ones")
     options = parser.parse_intermixed_args(arguments)
     overrides = [word for word in options.words if "=" in word]
@@ -1092,7 +1095,8 @@ def main(arguments):
     config = data.config_from_dict(data.config_to_dict(config) | fixed, path)
     folder = path if os.path.isdir(path) else os.path.dirname(path)
     if task == "masks":
-        target = options.out or os.path.join(folder, "masks.png")
+        name = "masks.png" if options.image is None else f"{os.path.splitext(os.path.basename(options.image))[0]}_masks.png"
+        target = options.out or os.path.join(folder, name)
         if (options.image is None) != (options.text is None):
             raise data.InputError("masks: --image and --text go together; without both, scenes are drawn")
         if options.text is not None and not softmask.clean_caption(options.text, config.data.max_words):

@@ -954,7 +954,7 @@ RANDAUGMENT_OPS = (*PHOTOMETRIC_OPS, *GEOMETRIC_OPS)  # [ALBEF] dataset/__init__
 
 
 def randaugment_op(image, name: str, sign: int):
-    """One of RANDAUGMENT_OPS on a PIL image; sign 1 or -1: direction of the geometric ones. [ALBEF] randaugment.py"""
+    """An operation on a PIL image; sign 1 or -1, of geometric ones. [ALBEF] Copy with: the three constants above."""
     if name in PHOTOMETRIC_OPS:
         return PHOTOMETRIC_OPS[name](image)
     if name not in GEOMETRIC_OPS:
@@ -973,7 +973,7 @@ def uniform(low, high, generator):
 
 
 def crop_box(width: int, height: int, crop_min_area: float, generator=None):
-    """Draw the crop of an image of that size: left, top, width, height; crop_min_area as of augment_image. [ALBEF]"""
+    """Draw a crop: left, top, width, height; crop_min_area as of augment_image. [ALBEF] Copy with: uniform."""
     if crop_min_area == 1:
         return 0, 0, width, height
     for _ in range(10):
@@ -1016,7 +1016,7 @@ IMAGE_MEAN, IMAGE_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.2613
 
 
 def normalize(images):
-    """images (B, 3, S, S) in [0, 1] -> what encode_image takes. [ALBEF]"""
+    """images (B, 3, S, S) in [0, 1] -> what encode_image takes. [ALBEF] Copy with: IMAGE_MEAN, IMAGE_STD."""
     return TF.normalize(images, IMAGE_MEAN, IMAGE_STD)
 
 

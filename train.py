@@ -481,8 +481,8 @@ class Run:
         share = self.config.max_bad_image_share
         if bad > max(share * seen, 10 if share else 0):  # the first few are no share yet
             raise data.InputError(
-                f"{bad} of {seen} records were bad, more than max_bad_image_share {share}; see the lines above, and "
-                "python train.py check"
+                f"{bad} records were bad while {seen} were read, more than max_bad_image_share {share}; see the lines "
+                "above, and python train.py check"
             )
 
     def add(self, values):
@@ -697,9 +697,9 @@ def load_initial_weights(model, config, task_name, vocab):
     path = start_file(config, task_name)
     if path is not None:
         with weights_of(path) as (state, known):
+            if known not in (None, vocab):
+                raise ValueError("it was trained with another vocabulary; give data.tokenizer the same")
             fresh, left = softmask.load_start(model, state)
-        if known not in (None, vocab):
-            raise data.InputError(f"{path} was trained with another vocabulary; give data.tokenizer the same")
 
         def part(key):  # one name for all parameters of a part
             no_twin = key.startswith("encoders_m.") and not hasattr(model, "encoders_m")
@@ -724,6 +724,8 @@ def load_initial_weights(model, config, task_name, vocab):
             fresh = softmask.load_bert(encoders, state)
         say(f"text and fusion encoder start from {text}; fresh: cross-attention"
             + (", MLM head" if any("mlm_head" in name for name in fresh) else ""))  # fmt: skip
+    if vision is None and text is None:
+        say("starts from nothing")
     if hasattr(model, "encoders_m"):
         model.encoders_m.load_state_dict(encoders.state_dict())
 
@@ -835,6 +837,8 @@ def main(arguments):
     config = evaluation.with_scenes(config)
     if options.check:
         return 0 if data.check(config, options.task) else 1
+    if os.path.isfile(options.out):
+        raise data.InputError(f"--out {options.out} is a file; give it a folder")
     os.makedirs(options.out, exist_ok=True)
     with locked(options.out):
         fresh = options.fresh and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"  # torchrun's restarts go on

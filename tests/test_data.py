@@ -142,6 +142,7 @@ def test_overrides():
 @pytest.mark.parametrize("override, message", [
     ("pretrain.batchsize=3", "pretrain.batchsize is no setting; the nearest is pretrain.batch_size"),
     ("modle.dropout=0.1", "modle is no setting; the nearest is model"),
+    ("batch_size=3", "batch_size is no setting; the nearest is pretrain.batch_size"),
     ("data.scenes.trian=3", "data.scenes.train"),
     ("data.retrieval_sets.new.image_root=/x", "data.retrieval_sets.new.train is missing"),
     ("pretrain.batch_size=3.0", "pretrain.batch_size: wanted int, got 3.0"),
@@ -151,7 +152,7 @@ def test_overrides():
     ("pretrain.epochs=null", "pretrain.epochs: wanted int, got None"),
     ("method.soft_mask=1", "method.soft_mask: wanted bool, got 1"),
     ("data.pretrain_files=[a, 1]", r"data.pretrain_files\[1\]: wanted str, got 1"),
-    ("data.pretrain_files=a.json", "data.pretrain_files: wanted list, got 'a.json'"),
+    ("data.pretrain_files=a.json", r"data.pretrain_files: wanted list, got 'a.json'; write \['a.json'\]"),
     ("model=3", "model: wanted mapping, got 3"),
     ("seed.x=3", "seed: wanted int"),
     ("seed", "'seed': wanted key=value"),
@@ -187,6 +188,13 @@ def test_bad_override_names_its_key(override, message):
     with pytest.raises(data.InputError, match=message) as error:
         data.load_config("scenes", [override])
     assert "command line" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_paths_that_need_the_scenes_are_named_where_there_are_none():
+    config = data.load_config("scenes", ["data.scenes=null", "data.pretrain_files=[a.json]", "data.foils=null"])
+    message = "hold .{scenes}.: in data.tokenizer, data.nlvr2_pretrain_files, .*, data.grounding_boxes; set"
+    with pytest.raises(data.InputError, match=message):
+        data.resolve_scenes(config)
 
 
 def test_last_fusion_layer_is_allowed_without_soft_mask():
