@@ -1090,7 +1090,8 @@ class TrainingSet(Dataset):
             image = torch.stack(tensors) if self.task == "nlvr2" else tensors[0]
             return {"image": image, "text": text, "replaced": replaced} | targets
         path, reason = replaced[-1]
-        raise InputError(f"{MAX_TRIES} records in a row are bad, the last {path!r} ({reason}); see train.py check")
+        raise InputError(f"{MAX_TRIES} records in a row are bad, the last {path!r} ({reason}); is the image_root "
+                         f"{self.files.image_root!r} the right one? see train.py check")
 
     def _augment(self, image, flip, generator):
         """Crop and augment a PIL image or, with data.decode_reduced, the image of a path, decoded at no more than its
