@@ -632,7 +632,7 @@ class PretrainModel(TaskModel):
 
     With soft_mask False, focal_gamma 0, mask_text_for "mlm" and no image_ids this is ALBEF.
     soft_mask_negatives: no-match pairs with soft-masked images join the soft-masked ITM [ours]; without them it learns
-    that a masked image is a match, and no more (RESULTS.md, What the mask hides).
+    that a masked image is a match, and no more (RESULTS.md, The choices marked [ours]).
     attention_layer: of the word attention, from 0; None: (fusion_layers - 1) // 2, the third of six [ALBEF].
     mask_text_for: "all": masked text enters ITC, ITM and MLM [paper]; "mlm": MLM alone [ALBEF]; None: there is no MLM,
     and ITC and ITM fine-tune for retrieval and grounding [ALBEF].
@@ -954,7 +954,7 @@ RANDAUGMENT_OPS = (*PHOTOMETRIC_OPS, *GEOMETRIC_OPS)  # [ALBEF] dataset/__init__
 
 
 def randaugment_op(image, name: str, sign: int):
-    """An operation on a PIL image; sign 1 or -1, of geometric ones. [ALBEF] Copy with: the three constants above."""
+    """Apply one to a PIL image; sign: 1, -1. [ALBEF] Copy with: PHOTOMETRIC_OPS, GEOMETRIC_OPS, RANDAUGMENT_OPS."""
     if name in PHOTOMETRIC_OPS:
         return PHOTOMETRIC_OPS[name](image)
     if name not in GEOMETRIC_OPS:
