@@ -1083,6 +1083,8 @@ def main(arguments):
     tasks = [name for name in data.TASKS if name != "nlvr2_pretrain"] + ["masks"]
     if rest or task not in tasks:
         raise data.InputError(f"{' '.join([task, *rest])!r} is none of {', '.join([*tasks, 'table', 'curve', 'check'])}")
+    if options.out is not None and task != "masks":
+        raise data.InputError(f"--out is for masks; the figures of {task} are printed, its answers lie beside the checkpoint")
     config = data.load_config(options.scale, overrides)
     join_processes(config)
     if task != "masks" or options.image is None:  # one's own image needs no scenes

@@ -134,6 +134,11 @@ def test_two_processes_have_the_figures_of_one(trained, tmp_path):
     assert one.out == two.out and "re-ranked by ITM" in one.out
 
 
+def test_out_is_for_pictures(tmp_path):
+    with pytest.raises(data.InputError, match="--out is for masks; the figures of retrieval are printed"):
+        evaluation.main(["retrieval", "--out", str(tmp_path)])
+
+
 def test_evaluation_without_a_file_is_refused(trained, tmp_path):
     for value, message in (("null", "test is null; name the file"), ("none.json", "none.json is missing; name the file")):
         setting = f"data.retrieval_sets.scenes.test={value}"
