@@ -1386,7 +1386,8 @@ def check(config, task):
     data, found, total = config.data, True, 0
     evaluated = "retrieval" if task == "pretrain" else task
     evaluation, max_tokens = task_files(config, evaluated), task_settings(config, task).max_tokens
-    listed = [(path, task, task_files(config, task), task, max_tokens) for path in training_files(config, task)]
+    trained = training_files(config, task)
+    listed = [(path, task, task_files(config, task), task, max_tokens) for path in trained]
     listed += [(path, evaluated, evaluation, evaluation_layout(evaluated), evaluation_max_tokens(config, task))
                for path in (evaluation.val, evaluation.test) if path is not None]
     settings = {"model.vision_weights": config.model.vision_weights, "model.text_weights": config.model.text_weights,
@@ -1401,7 +1402,7 @@ def check(config, task):
         print(f"data.tokenizer: {error}")
         tokenizer, found = None, False
     for number, (path, kind, files, layout, max_tokens) in enumerate(listed):
-        training = number < len(training_files(config, task))
+        training = number < len(trained)
         try:
             records = Records([path], layout)
             looked_at = (records[index] for index in range(min(len(records), MAX_CHECKED_IMAGES)))

@@ -522,8 +522,9 @@ def load_rows(task, file, config):
 
 def lacking(task, config, split) -> str | None:
     """What a task's evaluation on a split lacks, named after its setting; None where the file is there."""
-    part = f"retrieval_sets.{config.data.retrieval}" if task in ("pretrain", "retrieval") else task
-    file = getattr(data.task_files(config, "retrieval" if task == "pretrain" else task), split)
+    task = "retrieval" if task == "pretrain" else task
+    part = f"retrieval_sets.{config.data.retrieval}" if task == "retrieval" else task
+    file = getattr(data.task_files(config, task), split)
     if file is None:
         return f"data.{part}.{split} is null"
     return None if os.path.isfile(file) else f"data.{part}.{split}: {file} is missing"

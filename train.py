@@ -637,7 +637,8 @@ def changed_settings(old: dict, new: dict, prefix: str = "") -> list[str]:
     changed = []
     for key in sorted(old.keys() | new.keys()):
         name = prefix + key
-        if name in FREE_SETTINGS or key in ("accumulation", "test"):  # as good as processes; pairs a step are checked
+        # accumulation is as good as processes, pairs a step are checked; test is read after the training
+        if name in FREE_SETTINGS or key in ("accumulation", "test"):
             continue
         before, after = old.get(key), new.get(key)
         if isinstance(before, dict) and isinstance(after, dict):
@@ -739,8 +740,7 @@ def run_task(task_name, config, settings, out, fresh):
     method, world = as_dict["method"], evaluation.world_size()
     blocks = task.batch_size, world, evaluation.rank(), task.accumulation, config.seed
     digest, steps_per_epoch = None, 1
-    if task_name != "nlvr2_pretrain":
-        evaluation.look_ahead(task_name, config)
+    evaluation.look_ahead(task_name, config)
     if task.epochs:  # 0: the start is evaluated, no training file is needed
         dataset = data.training_set(config, task_name)
         digest, steps_per_epoch = dataset.records.digest, data.ShuffledBatches(len(dataset), *blocks, 0).steps_per_epoch
