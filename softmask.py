@@ -954,7 +954,7 @@ RANDAUGMENT_OPS = (*PHOTOMETRIC_OPS, *GEOMETRIC_OPS)  # [ALBEF] dataset/__init__
 
 
 def randaugment_op(image, name: str, sign: int):
-    """Apply one to a PIL image; sign: 1, -1. [ALBEF] Copy with: PHOTOMETRIC_OPS, GEOMETRIC_OPS, RANDAUGMENT_OPS."""
+    """Apply one; sign 1 or -1: its direction. [ALBEF] Copy with: PHOTOMETRIC_OPS, GEOMETRIC_OPS, RANDAUGMENT_OPS."""
     if name in PHOTOMETRIC_OPS:
         return PHOTOMETRIC_OPS[name](image)
     if name not in GEOMETRIC_OPS:
