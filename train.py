@@ -750,8 +750,7 @@ def run_task(task_name, config, settings, out, fresh):
     model = softmask.build_model(task_name, len(tokenizer), as_dict["model"], method)
 
     def evaluate(split, model):
-        with_figures = task_name not in ("pretrain", "nlvr2_pretrain")
-        return evaluation.evaluate(task_name, model, tokenizer, config, split, out) if with_figures else {}
+        return evaluation.evaluate(task_name, model, tokenizer, config, split, out)
 
     validate, watch = functools.partial(evaluate, "val"), None
     if task_name == "pretrain" and config.eval_every_steps:
