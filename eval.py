@@ -568,11 +568,10 @@ def evaluate(task, model, tokenizer, config, split, out):
     file = getattr(files, split)
     if file is None:
         return {}
-    rows = None if task == "retrieval" else load_rows(task, file, config)
-    max_tokens = data.evaluation_max_tokens(config, task)
-    tokenize = functools.partial(softmask.tokenize, tokenizer, max_tokens=max_tokens)
+    tokenize = functools.partial(softmask.tokenize, tokenizer, max_tokens=data.evaluation_max_tokens(config, task))
     if task == "retrieval":
         return retrieval(model, tokenize, file, files.image_root, config)
+    rows = load_rows(task, file, config)
     if task == "grounding":
         return ground(model, rows, tokenize, config)
     if task == "vqa":
