@@ -371,6 +371,7 @@ class Run:
         fields for the log; None: never.
         """
         self.out, self.config, self.settings, self.task_name = out, config, settings, task_name
+        self.checkpoint_file, self.best_file = os.path.join(out, "checkpoint.pt"), os.path.join(out, "best.pt")
         self.validate, self.watch, self.digest, self.commit = validate, watch, digest, git_commit()
         self.best, self.validated = None, 0  # {epoch, score, metrics} of the best epoch on val; epochs evaluated on it
         self.steps_per_epoch = steps_per_epoch
@@ -389,14 +390,6 @@ class Run:
         self.started = time.perf_counter()
         self.interval = self.started, 0  # when it began, and what was seen until then
         self.bar = None
-
-    @property
-    def checkpoint_file(self):
-        return os.path.join(self.out, "checkpoint.pt")
-
-    @property
-    def best_file(self):
-        return os.path.join(self.out, "best.pt")
 
     def resume(self, model, optimizer):
         """Go on from the folder's checkpoint: weights, twin, queues, optimizer, step. Returns whether there is one.
