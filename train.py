@@ -704,14 +704,15 @@ def load_initial_weights(model, config, task_name, vocab):
             for what, keys in (("fresh", fresh), ("left over", left)) if keys))  # fmt: skip
         return
     encoders, vision, text = model.encoders, config.model.vision_weights, config.model.text_weights
+    task = getattr(config, task_name)
     if vision is not None:
         with weights_of(vision) as (state, _):
             softmask.load_deit(encoders, state)
         say(f"image encoder starts from {vision}")
     elif config.scale == "paper":
         raise data.InputError("model.vision_weights is null: at scale paper the image encoder starts from DeiT; name its file")
-    elif (rate := getattr(config, task_name).vision_lr) is not None and rate < getattr(config, task_name).lr:
-        say(f"image encoder starts from nothing, with a learning rate of {rate}: give model.vision_weights, or "
+    elif task.vision_lr is not None and task.vision_lr < task.lr:
+        say(f"image encoder starts from nothing, with a learning rate of {task.vision_lr}: give model.vision_weights, or "
             f"{task_name}.vision_lr=null")  # fmt: skip
     if text is not None:
         with weights_of(text) as (state, _):
