@@ -119,7 +119,7 @@ def image_batches(paths, indices, config, device, multiple=1):
 
     b: eval.batch_size times multiple.
     """
-    dataset = torch.utils.data.Subset(data.ImageDataset(paths, config.model.image_size), indices)
+    dataset = data.ImageDataset([paths[i] for i in indices], config.model.image_size)
     size = config.eval.batch_size * multiple
     loader = torch.utils.data.DataLoader(dataset, size, num_workers=config.num_workers)
     for start, images in zip(range(0, len(indices), size), loader):
