@@ -52,6 +52,13 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def all_reduced(values):
+    """The sum over all processes of values, of which each has filled its own rows, the others being 0."""
+    if world_size() > 1:
+        dist.all_reduce(values)
+    return values
+
+
 def resolve_device(config) -> torch.device:
     """The device of this process: under torchrun each process of a machine has its own GPU."""
     name = config.device
@@ -152,7 +159,7 @@ def similarities(model, tokenize, paths, captions, config, keep_states=True):
             text_feat.append(encoders.text_feat(embeds))
             if keep_states:
                 text_embeds.append(torch.nn.functional.pad(embeds, (0, 0, 0, ids.shape[1] - longest)))
-    return share(image_feat) @ torch.cat(text_feat).T, torch.cat(text_embeds) if keep_states else None, lengths
+    return all_reduced(image_feat) @ torch.cat(text_feat).T, torch.cat(text_embeds) if keep_states else None, lengths
 
 
 @torch.no_grad()
@@ -458,13 +465,6 @@ def task_batches(rows, tokenize, config, device):
             yield indices, image if many == 1 else image.unflatten(0, (-1, many)), text
 
 
-def share(values):
-    """values that each process has filled at its own rows, 0 elsewhere, complete on all of them."""
-    if world_size() > 1:
-        dist.all_reduce(values)
-    return values
-
-
 @torch.no_grad()
 def classify(model, rows, names, tokenize, config):
     """NLVR2 and entailment: classification_metrics of data.load_nlvr2's or load_entailment's rows."""
@@ -473,7 +473,7 @@ def classify(model, rows, names, tokenize, config):
     for indices, image, text in task_batches(rows, tokenize, config, device):
         logits = model.logits(model.encoders, image, text["input_ids"], text["attention_mask"])
         predictions[indices] = logits.argmax(1)
-    return classification_metrics(share(predictions).tolist(), [row["label"] for row in rows], names)
+    return classification_metrics(all_reduced(predictions).tolist(), [row["label"] for row in rows], names)
 
 
 @torch.no_grad()
@@ -486,7 +486,7 @@ def answer_questions(model, rows, answers, tokenize, config):
     for indices, image, text in task_batches(rows, tokenize, config, device):
         question = image, text["input_ids"], text["attention_mask"]
         best[indices] = model.rank_answers(*question, *candidates, config.eval.answers_top_k)[0][:, 0]
-    return [answers[i] for i in share(best).tolist()]
+    return [answers[i] for i in all_reduced(best).tolist()]
 
 
 def vqa_metrics(rows, chosen):
@@ -511,7 +511,7 @@ def ground(model, rows, tokenize, config):
     for indices, image, text in task_batches(rows, tokenize, config, device):
         mask = text["attention_mask"][:, :, None]
         cams[indices] = (token_attention(model, image, text, config) * mask).sum(1) / mask.sum(1)
-    return grounding_accuracy(rows, share(cams).cpu().unflatten(1, (grid, grid)))
+    return grounding_accuracy(rows, all_reduced(cams).cpu().unflatten(1, (grid, grid)))
 
 
 def load_rows(task, file, config):
