@@ -1357,6 +1357,20 @@ def _is_box(value):
             and all(type(number) in (int, float) and abs(number) < 1e9 for number in value[:4]))
 
 
+def box_iou(a, b) -> float:
+    """Intersection over union of two boxes, in [0, 1]. [ALBEF] dataset/utils.py computeIoU
+
+    a, b: [x, y, width, height, ...], pixels. A box ends in its last pixel, x + width - 1, so an overlap of one pixel or
+    less in either direction is none.
+    """
+    left, top = max(a[0], b[0]), max(a[1], b[1])
+    right, bottom = min(a[0] + a[2], b[0] + b[2]) - 1, min(a[1] + a[3], b[1] + b[3]) - 1
+    if left >= right or top >= bottom:
+        return 0.0
+    intersection = (right - left + 1) * (bottom - top + 1)
+    return intersection / (a[2] * a[3] + b[2] * b[3] - intersection)
+
+
 class ImageDataset(Dataset):
     """Images for evaluation: bicubic resize to a square [ALBEF]; a bad image is an InputError, never replaced."""
 
@@ -1979,13 +1993,6 @@ def entailment_rows(scenes, each, rng):
     return rows
 
 
-def box_overlap(a, b):
-    """Intersection over union of two boxes [x, y, width, height]."""
-    width, height = (min(a[i] + a[i + 2], b[i] + b[i + 2]) - max(a[i], b[i]) for i in (0, 1))
-    shared = max(width, 0) * max(height, 0)
-    return shared / (a[2] * a[3] + b[2] * b[3] - shared)
-
-
 def propose(scene, rng):
     """Draw proposals as a detector makes them: [[x, y, width, height, score]] in random order, the score meaningless.
 
@@ -1994,7 +2001,7 @@ def propose(scene, rng):
     proposals, boxes, side = [], [thing["box"] for thing in scene["objects"]], scene["side"]
     for x, y, width, height in boxes:
         moved = [0, 0, 0, 0]
-        while box_overlap(moved, (x, y, width, height)) < 0.6:
+        while box_iou(moved, (x, y, width, height)) < 0.6:
             left, top, right, bottom = (rng.randint(-1, 1) for _ in range(4))
             moved = [x + left, y + top, width - left + right, height - top + bottom]
         proposals.append(moved)
@@ -2002,7 +2009,7 @@ def propose(scene, rng):
     while len(proposals) < wanted:
         pixels = round(rng.uniform(*SIZES[rng.choice(tuple(SIZES))]) * side)
         other = [rng.randint(0, side - pixels), rng.randint(0, side - pixels), pixels, pixels]
-        if all(box_overlap(other, box) < 0.5 for box in boxes):
+        if all(box_iou(other, box) < 0.5 for box in boxes):
             proposals.append(other)
     return [[*box, round(rng.random(), 3)] for box in rng.sample(proposals, wanted)]
 

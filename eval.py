@@ -370,20 +370,6 @@ def vqa_accuracy(answer: str, answers: list[str]) -> float:
     return 100 * float(np.mean([min(1, (sum(matches) - own) / 3) for own in matches]))
 
 
-def box_iou(a, b) -> float:
-    """Intersection over union of two boxes, in [0, 1]. [ALBEF] dataset/utils.py computeIoU
-
-    a, b: [x, y, width, height, ...], pixels. A box ends in its last pixel, x + width - 1, so an overlap of one pixel or
-    less in either direction is none.
-    """
-    left, top = max(a[0], b[0]), max(a[1], b[1])
-    right, bottom = min(a[0] + a[2], b[0] + b[2]) - 1, min(a[1] + a[3], b[1] + b[3]) - 1
-    if left >= right or top >= bottom:
-        return 0.0
-    intersection = (right - left + 1) * (bottom - top + 1)
-    return intersection / (a[2] * a[3] + b[2] * b[3] - intersection)
-
-
 def pick_proposal(cam, proposals, height: int, width: int):
     """The proposal that holds most of an attention map for its size: sum inside / sqrt(area). [ALBEF] grounding_eval
 
@@ -414,7 +400,7 @@ def grounding_accuracy(rows, cams) -> dict[str, float]:
     """
 
     def is_right(row, box):
-        return box is not None and box_iou(row["bbox"], box) >= 0.5
+        return box is not None and data.box_iou(row["bbox"], box) >= 0.5
 
     splits = {}
     for row, cam in zip(rows, cams, strict=True):

@@ -120,7 +120,7 @@ def test_vqa_accuracy_of_few_answers():
     ],
 )
 def test_box_iou_by_hand(a, b, iou):
-    assert evaluation.box_iou(a, b) == pytest.approx(iou) and evaluation.box_iou(b, a) == pytest.approx(iou)
+    assert data.box_iou(a, b) == pytest.approx(iou) and data.box_iou(b, a) == pytest.approx(iou)
 
 
 def test_pick_proposal_ranks_by_the_sum_over_the_root_of_the_area():
