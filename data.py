@@ -1475,7 +1475,6 @@ def check(config, task):
 # The embedded scenes [ours]: pictures with captions, drawn from a seed. Any change of the output raises the version.
 SCENES_VERSION = 6
 DRAW_VERSION = 1  # seeds the draws; raised with SCENES_VERSION alone where scenes and captions may change, too
-LEVELS = ("plain", "rich")
 SIZES = {"small": (0.19, 0.22), "large": (0.34, 0.38)}  # least and greatest part of the picture's side
 COLORS = {"red": (225, 35, 40), "green": (35, 165, 55), "blue": (40, 80, 235), "yellow": (250, 225, 45),
           "purple": (155, 45, 195), "orange": (250, 135, 15), "white": (248, 248, 248), "cyan": (60, 220, 230)}
@@ -2084,8 +2083,8 @@ def render_scenes(root, level, train, val, test, image_size, seed):
     Returns: the folder root/LEVEL-HASH, pathlib.Path, whole by its existence: it is renamed into place at the end, so
         processes may race.
     """
-    if level not in LEVELS:
-        raise InputError(f"level of the scenes is {level!r}; it must be one of {', '.join(LEVELS)}")
+    if level not in CHOICES["level"]:
+        raise InputError(f"level of the scenes is {level!r}; it must be one of {', '.join(CHOICES['level'])}")
     if image_size < 32 or min(train, val, test) < 0:
         raise InputError(f"scenes of {image_size} px, {train}, {val}, {test} of them: need 32 px and counts from 0")
     settings = json.dumps([SCENES_VERSION, level, train, val, test, image_size, seed])
