@@ -52,6 +52,7 @@ import torch
 import yaml
 from PIL import ExifTags, Image, ImageDraw, ImageOps
 from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
 
 import softmask
@@ -984,11 +985,6 @@ def read_image(path):
         return decode_image(image)
 
 
-def image_to_tensor(image):
-    """Turn a PIL RGB image into a (3, H, W) uint8 tensor; the batch is normalised on the device."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()  # (H, W, 3) -> (3, H, W)
-
-
 def write_atomically(path, content):
     """Write a file whole or not at all: to a temporary file beside it, to the disk, then renamed.
 
@@ -1086,7 +1082,7 @@ class TrainingSet(Dataset):
                 text = softmask.flip_words(text)
                 if "answers" in targets:
                     targets["answers"] = [softmask.flip_words(answer) for answer in targets["answers"]]
-            tensors = [image_to_tensor(image) for image in images]
+            tensors = [TF.pil_to_tensor(image) for image in images]
             image = torch.stack(tensors) if self.task == "nlvr2" else tensors[0]
             return {"image": image, "text": text, "replaced": replaced} | targets
         path, reason = replaced[-1]
@@ -1386,7 +1382,7 @@ class ImageDataset(Dataset):
             image = read_image(self.paths[index])
         except BadImage as error:
             raise InputError(f"{error}; evaluation needs every image") from None
-        return image_to_tensor(softmask.square(image, self.image_size))
+        return TF.pil_to_tensor(softmask.square(image, self.image_size))
 
 
 def check(config, task):
