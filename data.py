@@ -1041,9 +1041,9 @@ def hash63(*parts):
 class TrainingSet(Dataset):
     """Samples of a task, augmented; every draw is seeded by (seed, epoch, index), so no worker's state enters it."""
 
-    def __init__(self, records, task, config, seed):
-        """records: Records of this task; task: one of TASKS; config: Config; seed: int."""
-        self.records, self.task, self.seed = records, task, seed
+    def __init__(self, records, task, config):
+        """records: Records of this task; task: one of TASKS; config: Config."""
+        self.records, self.task, self.seed = records, task, config.seed
         self.settings, self.files = task_settings(config, task), task_files(config, task)
         self.max_words, self.decode_reduced = config.data.max_words, config.data.decode_reduced
 
@@ -1126,7 +1126,7 @@ class TrainingSet(Dataset):
 
 def training_set(config, task):
     """Read the annotation files of a task; returns its TrainingSet."""
-    return TrainingSet(Records(training_files(config, task), task), task, config, config.seed)
+    return TrainingSet(Records(training_files(config, task), task), task, config)
 
 
 class ShuffledBatches:

@@ -320,7 +320,7 @@ def measure_pipeline(options, folder, files):
     torch.set_num_threads(1)  # as in a loader worker
     for reduced in ("false", "true"):
         config = configure(options, ["data.pretrain_image_root=", f"data.decode_reduced={reduced}"])
-        dataset, seconds = data.TrainingSet(records, "pretrain", config, seed=0), []
+        dataset, seconds = data.TrainingSet(records, "pretrain", config), []
         for epoch in range(1 + options.steps):
             start = time.process_time()
             for index in range(len(records)):

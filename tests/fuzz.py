@@ -205,8 +205,9 @@ def read_image_file(rng, folder, kind):
     task = rng.choice(("pretrain", "nlvr2"))
     row = {"image": "a.jpg", "images": ["a.jpg", "good.jpg"], "caption": "x", "sentence": "x", "label": "True"}
     good = row | {"image": "good.jpg", "images": ["good.jpg"] * 2}
-    config = settings(folder, f"data.decode_reduced={rng.choice(('true', 'false'))}", "pretrain.randaugment_ops=2")
-    dataset = data.TrainingSet([row, *[good] * 9], task, config, seed=rng.randrange(9))
+    config = settings(folder, f"data.decode_reduced={rng.choice(('true', 'false'))}", "pretrain.randaugment_ops=2",
+                      f"seed={rng.randrange(9)}")
+    dataset = data.TrainingSet([row, *[good] * 9], task, config)
 
     def read():
         sample = dataset[0, 0]
@@ -253,7 +254,7 @@ def read_captions(rng, folder, kind):
     config, tokenizer = settings(folder), softmask.load_tokenizer(os.path.join(folder, "vocab.txt"))
 
     def read():
-        dataset = data.TrainingSet(data.Records([path], "pretrain"), "pretrain", config, 0)
+        dataset = data.TrainingSet(data.Records([path], "pretrain"), "pretrain", config)
         batch = next(iter(data.make_loader(dataset, [[(0, index) for index in range(4)]], tokenizer, 12, 0)))
         _, captions, _ = data.load_retrieval(path, folder, 30)
         softmask.tokenize(tokenizer, captions, 12)
@@ -377,7 +378,7 @@ def read_layout(layout, path, config, folder):
     task = layout.removesuffix("_eval")
     records = data.Records([path], layout)
     if layout == task:
-        dataset = data.TrainingSet(records, task, config, 0)
+        dataset = data.TrainingSet(records, task, config)
         try:
             next(iter(data.make_loader(dataset, [[(0, index) for index in range(len(records))]], tokenizer, 9, 0)))
         except data.InputError as error:
@@ -518,7 +519,7 @@ def read_shard(rng, folder, kind):
         if any(row["caption"] == "SECRET" or row["image"].name in links for row in rows):
             raise Wrong("a link was followed")
         if rows:
-            dataset = data.TrainingSet([*rows, *[{"image": "good.jpg", "caption": "x"}] * 20], "pretrain", config, 0)
+            dataset = data.TrainingSet([*rows, *[{"image": "good.jpg", "caption": "x"}] * 20], "pretrain", config)
             batch = next(iter(data.make_loader(dataset, [[(0, index) for index in range(len(rows))]], tokenizer, 9, 0)))
             replaced = len(batch["replaced"])
         if sorted(glob.glob(f"{folder}/*") + glob.glob(f"{folder}/../*")) != before:

@@ -65,7 +65,7 @@ def pairs(tmp_path):
 
 def make_dataset(rows, config, path, seed=0, task="pretrain"):
     records = data.Records([write_json(path, rows)], task)
-    return data.TrainingSet(records, task, config, seed)
+    return data.TrainingSet(records, task, dataclasses.replace(config, seed=seed))
 
 
 # Settings
@@ -811,7 +811,7 @@ def test_image_ids(pairs, tmp_path):
 def test_files_of_pre_training_may_number_their_images_alike(pairs, tmp_path):
     rows, config = pairs
     files = [write_json(tmp_path / f"{i}.json", [rows[i] | {"image_id": 7}]) for i in (0, 1)]
-    dataset = data.TrainingSet(data.Records(files, "pretrain"), "pretrain", config, 0)
+    dataset = data.TrainingSet(data.Records(files, "pretrain"), "pretrain", config)
     assert [dataset[0, index]["image_id"] for index in (0, 1)] == [data.hash63(rows[i]["image"]) for i in (0, 1)]
 
 
