@@ -587,14 +587,14 @@ def evaluate_pretrained(model, tokenizer, config, out, split="test"):
     Process 0 alone measures pointing and foils, whose files are of test, and draws; all processes share the retrieval.
     """
     model.eval()
-    settings = config.data.retrieval_sets[config.data.retrieval]
-    file = getattr(settings, split)
+    files = data.task_files(config, "retrieval")
+    file = getattr(files, split)
     if lack := lacking("pretrain", config, split):
         print(f"no evaluation: {lack}", file=sys.stderr)
         return {}
     max_tokens = data.evaluation_max_tokens(config, "pretrain")
     tokenize = functools.partial(softmask.tokenize, tokenizer, max_tokens=max_tokens)
-    found = retrieval(model, tokenize, file, settings.image_root, config)
+    found = retrieval(model, tokenize, file, files.image_root, config)
     metrics = {"zero_shot": found["itc"], "reranked": found["reranked"]}
     if rank() > 0:
         return metrics
@@ -604,7 +604,7 @@ def evaluate_pretrained(model, tokenizer, config, out, split="test"):
         rows, side = data.read_json(boxes), scenes.image_size
         metrics["pointing"] = pointing_metrics(model, tokenize, rows, os.path.dirname(boxes), side, config)
     if config.eval.pictures and has_attention:
-        paths, captions, image_of_text = data.load_retrieval(file, settings.image_root, config.data.max_words)
+        paths, captions, image_of_text = data.load_retrieval(file, files.image_root, config.data.max_words)
         firsts = np.unique(image_of_text, return_index=True)[1][: config.eval.pictures]  # the first caption of an image
         api = softmask.Pretrained(model, tokenizer, max_tokens, config.data.max_words)
         draw_masks(api, [(paths[image_of_text[t]], captions[t]) for t in firsts], os.path.join(out, "masks.png"))
@@ -617,10 +617,10 @@ def evaluate_pretrained(model, tokenizer, config, out, split="test"):
 def watch_pretraining(tokenizer, config, out):
     """A function of a model and its step: it returns R@1 by ITC on val, {txt_r1, img_r1}, and draws out/masks_STEP.png,
     the soft masks of val's first caption. Random numbers of training are left as they are."""
-    settings = config.data.retrieval_sets[config.data.retrieval]
-    if settings.val is None:
+    files = data.task_files(config, "retrieval")
+    if files.val is None:
         raise data.InputError(f"eval_every_steps: data.retrieval_sets.{config.data.retrieval}.val is null; name a file")
-    paths, captions, image_of_text = data.load_retrieval(settings.val, settings.image_root, config.data.max_words)
+    paths, captions, image_of_text = data.load_retrieval(files.val, files.image_root, config.data.max_words)
     max_tokens = data.evaluation_max_tokens(config, "pretrain")
     tokenize = functools.partial(softmask.tokenize, tokenizer, max_tokens=max_tokens)
 
