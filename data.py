@@ -1393,16 +1393,15 @@ def check(config, task):
     Pre-training's evaluation is zero-shot retrieval. Returns True when nothing is missing, malformed or too little to
     train on. config: Config after resolve_scenes.
     """
-    data, found, total = config.data, True, 0
+    data, settings, found, total = config.data, task_settings(config, task), True, 0
     evaluated = "retrieval" if task == "pretrain" else task
-    evaluation, max_tokens = task_files(config, evaluated), task_settings(config, task).max_tokens
-    trained = training_files(config, task)
-    listed = [(path, task, task_files(config, task), task, max_tokens) for path in trained]
+    trained, evaluation = training_files(config, task), task_files(config, evaluated)
+    listed = [(path, task, task_files(config, task), task, settings.max_tokens) for path in trained]
     listed += [(path, evaluated, evaluation, evaluation_layout(evaluated), evaluation_max_tokens(config, task))
                for path in (evaluation.val, evaluation.test) if path is not None]
-    settings = {"model.vision_weights": config.model.vision_weights, "model.text_weights": config.model.text_weights,
-                "data.grounding_boxes": data.grounding_boxes, "data.foils": data.foils}
-    for key, path in settings.items():
+    others = {"model.vision_weights": config.model.vision_weights, "model.text_weights": config.model.text_weights,
+              "data.grounding_boxes": data.grounding_boxes, "data.foils": data.foils}
+    for key, path in others.items():
         if path is not None and not os.path.exists(path):
             print(f"{key}: {path} is missing")
             found = False
@@ -1461,7 +1460,6 @@ def check(config, task):
             print(f"  of {len(ranked)} answers {np.mean(ranked or [0]):.1%} are in {files.answers}")
         if rows is not None:
             print(f"  {sum(not row['dets'] for row in rows)} of {len(rows)} texts have no proposals in {files.dets}")
-    settings = task_settings(config, task)
     if found and total < settings.batch_size * settings.accumulation:
         print(f"{total} records are fewer than the {settings.batch_size * settings.accumulation} of one step")
         found = False
