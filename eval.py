@@ -726,13 +726,13 @@ def draw_curves(logs, names, path, width=900, height=330):
     rounds = [digit * 10.0**power for power in range(-4, 15) for digit in (1, 2, 5)]
     fields = dict.fromkeys(name for log in logs for line in log for name in line)
     panels = [("loss, logarithmic", [name for name in fields if name.startswith("loss_")]),
-              ("R@1 by ITC on val, %", [name for name in ("txt_r1", "img_r1") if name in fields])]  # fmt: skip
+              ("R@1 by ITC on val, %", [name for name in ("txt_r1", "img_r1") if name in fields])]
     panels = [panel for panel in panels if panel[1]]
     for number, (title, shown) in enumerate(panels):
         left, right = (2 * width * (number + end) // len(panels) for end in (0, 1))
         left, right, top, bottom = left + 100, right - 40, 70, 2 * height - 150
         curves = [(i, run, [(line["pairs"], line[name]) for line in log if name in line])
-                  for i, name in enumerate(shown) for run, log in enumerate(logs)]  # fmt: skip
+                  for i, name in enumerate(shown) for run, log in enumerate(logs)]
         curves = [curve for curve in curves if curve[2]]
         xs, ys = zip(*(point for *_, points in curves for point in points))
         logarithmic = title.startswith("loss")  # the parts differ tenfold
@@ -924,7 +924,7 @@ def tabulate(runs) -> str:
             effects.setdefault(change, []).append({name: after[name] - before[name] for name in after if name in before})
     if effects:
         rows = [[*change, len(pairs), *mean_cells(names, pairs, lambda x: deviation(x) / math.sqrt(len(x)))]
-                for change, pairs in effects.items()]  # fmt: skip
+                for change, pairs in effects.items()]
         tables.append(markdown(["setting", "from", "to", "pairs", *names], rows))
     return "\n\n".join(tables)
 
@@ -949,7 +949,7 @@ def platform_of(config) -> dict:
         "capability": torch.backends.cpu.get_cpu_capability(),  # the instructions that kernels use
         "threads": torch.get_num_threads(), "processes": world_size(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-    }  # fmt: skip
+    }
 
 
 def differences(before: dict, now: dict) -> list[str]:
@@ -1047,7 +1047,7 @@ def load_for(task, path, device):
 def main(arguments):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], usage=__doc__.split("\n\n")[1])
     parser.add_argument("words", nargs="+", metavar="TASK|masks|table|curve|check key=value",
-                        help="what to evaluate; settings to override")  # fmt: skip
+                        help="what to evaluate; settings to override")
     parser.add_argument("--scale", default="scenes", help="scale of config.yaml (default: scenes)")
     parser.add_argument("--checkpoint", help="folder or file (default: out/SCALE/TASK)")
     parser.add_argument("--image", help="masks: your own image")
@@ -1113,7 +1113,7 @@ def main(arguments):
 
 # as torch, CUDA and, without telling it from its other reasons, oneDNN say it
 OUT_OF_MEMORY = ("out of (shared )?memory|allocate (shared )?memory|alloc_failed|bad_alloc|could not create a primitive"
-                 r"|DataLoader worker .* killed by signal: (Bus error|Killed)")  # fmt: skip
+                 r"|DataLoader worker .* killed by signal: (Bus error|Killed)")
 
 
 @contextlib.contextmanager

@@ -101,7 +101,7 @@ def parameter_groups(model, task) -> list[dict]:
         {"params": parameters, "weight_decay": decay, "muon": muon,
          "lr_scale": scales.get(part, 1.0) * (task.muon_lr / task.lr if muon else 1.0)}
         for (part, decay, muon), parameters in groups.items()
-    ]  # fmt: skip
+    ]
 
 
 class Optimizer(torch.optim.AdamW):
@@ -193,12 +193,12 @@ def pretrain_losses(model, image, batch, config, special, alpha, generator):
     image = softmask.distort_images(
         image, method.distort_brightness, method.distort_contrast, method.distort_blur,
         method.distort_hue, method.distort_grayscale, generator,
-    )  # fmt: skip
+    )
     with evaluation.autocast(config, image.device):
         return model(
             softmask.normalize(image), batch["input_ids"], batch["attention_mask"], masked_ids, mlm_labels,
             batch["word_ids"], batch["image_ids"] if method.image_ids else None, alpha, generator, clean_image,
-        )  # fmt: skip
+        )
 
 
 def task_losses(task_name, model, batch, config, special, alpha, seeds, words_only=False):
@@ -584,7 +584,7 @@ class Run:
             with data.writing(path), open(path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
             shown = {name.removeprefix("loss_"): value for name, value in line.items()
-                     if name.startswith("loss_") or name in ("itm_accuracy", "accuracy", "temp")}  # fmt: skip
+                     if name.startswith("loss_") or name in ("itm_accuracy", "accuracy", "temp")}
             text = " ".join(f"{name} {value:.3f}" for name, value in shown.items())
             text += f" {line['pairs_per_second']:.0f} pairs/s"
             self.bar.set_postfix_str(text)
@@ -701,7 +701,7 @@ def load_initial_weights(model, config, task_name, vocab):
 
         say(f"starts from {path}" + "".join(
             f"; {what}: {', '.join(sorted({part(key) for key in keys}))}"
-            for what, keys in (("fresh", fresh), ("left over", left)) if keys))  # fmt: skip
+            for what, keys in (("fresh", fresh), ("left over", left)) if keys))
         return
     encoders, vision, text = model.encoders, config.model.vision_weights, config.model.text_weights
     task = getattr(config, task_name)
@@ -713,12 +713,12 @@ def load_initial_weights(model, config, task_name, vocab):
         raise data.InputError("model.vision_weights is null: at scale paper the image encoder starts from DeiT; name its file")
     elif task.vision_lr is not None and task.vision_lr < task.lr:
         say(f"image encoder starts from nothing, with a learning rate of {task.vision_lr}: give model.vision_weights, or "
-            f"{task_name}.vision_lr=null")  # fmt: skip
+            f"{task_name}.vision_lr=null")
     if text is not None:
         with weights_of(text) as (state, _):
             fresh = softmask.load_bert(encoders, state)
         say(f"text and fusion encoder start from {text}; fresh: cross-attention"
-            + (", MLM head" if any("mlm_head" in name for name in fresh) else ""))  # fmt: skip
+            + (", MLM head" if any("mlm_head" in name for name in fresh) else ""))
     if vision is None and text is None:
         say("starts from nothing")
     if hasattr(model, "encoders_m"):
@@ -762,7 +762,7 @@ def run_task(task_name, config, settings, out, fresh):
     if run.step < run.total_steps:
         count = sum(p.numel() for p in model.parameters() if p.requires_grad)
         say(f"{task_name}: {count / 1e6:.1f}M parameters, {len(dataset)} records, {run.total_steps} steps of "
-            f"{run.global_batch} pairs, {world} process{'es' * (world > 1)} on {device}, {config.precision}")  # fmt: skip
+            f"{run.global_batch} pairs, {world} process{'es' * (world > 1)} on {device}, {config.precision}")
         sampler = data.ShuffledBatches(len(dataset), *blocks, run.step)
         pinned = device.type == "cuda"
         loader = data.make_loader(dataset, sampler, tokenizer, task.max_tokens, config.num_workers, pinned)

@@ -182,7 +182,7 @@ class Steps:
             step=0, steps_per_epoch=1, task_name="pretrain", checkpoint_file="none",
             special=(4, torch.arange(5, vocab_size, device=device)),  # [MASK] and the ordinary tokens
             count=lambda *_: None, add=lambda *_: None, step_done=lambda *_: None,
-        )  # fmt: skip
+        )
 
     def __call__(self, config):
         """One step under config, which differs in `method` alone from that of the model."""
@@ -255,7 +255,7 @@ def measure_step(options):
             peak_memory_gb=memory[name][1] / 1e9, import_memory_gb=memory[name][0] / 1e9,
             fixed_state_gb=steps.fixed_state() / 1e9, gflop_per_pair=flops / 1e9, gflop_s=achieved / 1e9,
             matmul_gflop_s=rate / 1e9, share_of_matmul=achieved / rate, operations=operations[name],
-        )  # fmt: skip
+        )
 
 
 @torch.no_grad()
@@ -298,7 +298,7 @@ def measure_vqa(options):
 
     took = median_seconds(rank, device, options.steps)
     report("vqa", config, "vqa", batch=options.batch, answers=ANSWERS, ranked=k, seconds=took,
-           questions_per_second=options.batch / took)  # fmt: skip
+           questions_per_second=options.batch / took)
 
 
 def write_photographs(folder, side):
@@ -328,7 +328,7 @@ def measure_pipeline(options, folder, files):
             seconds.append(time.process_time() - start)
         rate = len(records) / statistics.median(seconds[1:])
         report("images", config, "pretrain", files=files, number=len(records), decode_reduced=reduced == "true",
-               images_per_second_and_core=rate)  # fmt: skip
+               images_per_second_and_core=rate)
     torch.set_num_threads(threads)
 
 

@@ -42,9 +42,9 @@ import yaml
 from PIL import Image
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
-import commands  # noqa: E402
-import data  # noqa: E402
-import softmask  # noqa: E402
+import commands
+import data
+import softmask
 
 SECONDS, MEMORY, LONGEST_LINE = 20, 1.5e9, 1000
 BATCH = 50  # cases a process

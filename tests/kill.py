@@ -28,8 +28,8 @@ import tempfile
 import time
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
-import commands  # noqa: E402
-import data  # noqa: E402
+import commands
+import data
 
 SETTINGS = [
     *commands.TINY, "data.scenes={train: 320, test: 60}", "log_every_steps=3", "checkpoint_every_steps=5",
@@ -64,7 +64,7 @@ class Process:
         with open(self.err, "w") as err:
             self.process = subprocess.Popen(
                 command, cwd=self.code, env=os.environ | ENVIRONMENT, stdout=err, stderr=err, start_new_session=True,
-            )  # fmt: skip
+            )
         self.started = time.monotonic()
 
     def phase(self):

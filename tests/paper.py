@@ -40,7 +40,7 @@ def deit_state(patches):
 def bert_state(cross_from=12):
     """Names and shapes of bert-base-uncased with its MLM head, and with cross-attention from a layer on."""
     state = {f"bert.embeddings.{name}_embeddings.weight": normal(rows, 768)
-             for name, rows in (("word", 30522), ("position", 512), ("token_type", 2))}  # fmt: skip
+             for name, rows in (("word", 30522), ("position", 512), ("token_type", 2))}
     state |= affine("bert.embeddings.LayerNorm", 768)
     for i in range(12):
         layer = f"bert.encoder.layer.{i}."
@@ -59,9 +59,9 @@ def albef_state():
     bert = bert_state(cross_from=6)
     bert |= {"cls.predictions.decoder.weight": bert["bert.embeddings.word_embeddings.weight"],
              "cls.predictions.decoder.bias": torch.zeros(30522),
-             "bert.embeddings.position_ids": torch.arange(512)[None]}  # fmt: skip
+             "bert.embeddings.position_ids": torch.arange(512)[None]}
     state = {"temp": torch.tensor(0.07), "image_queue": normal(256, 65536), "text_queue": normal(256, 65536),
-             "queue_ptr": torch.zeros(1, dtype=torch.int64)} | affine("itm_head", 2, 768)  # fmt: skip
+             "queue_ptr": torch.zeros(1, dtype=torch.int64)} | affine("itm_head", 2, 768)
     for twin in ("", "_m"):
         state |= {f"visual_encoder{twin}.{name}": value for name, value in deit_state(256).items()}
         state |= {f"text_encoder{twin}.{name}": value for name, value in bert.items()}
@@ -96,13 +96,13 @@ def write_files(folder):
     bert = bert_state() | affine("bert.pooler.dense", 768, 768) | affine("cls.seq_relationship", 2, 768)
     names = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
     save_file({re.sub("|".join(names), lambda old: names[old[0]], key): value for key, value in bert.items()},
-              folder / "bert.safetensors")  # fmt: skip
+              folder / "bert.safetensors")
     settings = [
         f"data.pretrain_files=[{folder / 'pretrain.json'}]", f"data.pretrain_image_root={folder}",
         f"data.tokenizer={folder / 'vocab.txt'}", "num_workers=1", "log_every_steps=1",
         f"model.vision_weights={folder / 'deit.pth'}", f"model.text_weights={folder / 'bert.safetensors'}",
         "pretrain.batch_size=2", "pretrain.epochs=1",
-    ]  # fmt: skip
+    ]
     return settings + write_tasks(folder)
 
 
@@ -110,33 +110,33 @@ def write_tasks(folder):
     """Write four records a task in ALBEF's formats, on images 0.jpg to 3.jpg; returns the settings that name them."""
     ten = ["two"] * 3 + ["2"] * 3 + ["a pair", "pair", "dogs", "red sofa"]
     vqa = [{"question_id": number, "question": "How many dogs are there?", "answer": ten, "image": f"{number}.jpg",
-            "dataset": "vqa"} for number in range(2)]  # fmt: skip
+            "dataset": "vqa"} for number in range(2)]
     vg = [{"question": "What is on the sofa?", "answer": "a dog", "image": f"{number}.jpg", "dataset": "vg"}
-          for number in (2, 3)]  # fmt: skip
+          for number in (2, 3)]
     nlvr2 = [{"images": [f"{number}.jpg", f"{3 - number}.jpg"], "sentence": "Both images show dogs.", "label": label}
-             for number, label in enumerate(["True", "False", True, False])]  # fmt: skip
+             for number, label in enumerate(["True", "False", True, False])]
     entailment = [{"image": f"{number}", "sentence": "A man is outside.", "label": label} for number, label in
-                  enumerate(["entailment", "neutral", "contradiction", "neutral"])]  # fmt: skip
+                  enumerate(["entailment", "neutral", "contradiction", "neutral"])]
     grounding = [{"image": f"{number}.jpg", "text": "man on the left", "ref_id": 10 + number} for number in range(4)]
     box = [5.5, 3.25, 20.0, 15.5]
     refs = [{"ref_id": 10 + number, "ann_id": 20 + number, "image_id": number, "split": ("testA", "testB")[number % 2],
-             "sentences": [{"raw": "man on the left", "sent_id": number}]} for number in range(4)]  # fmt: skip
+             "sentences": [{"raw": "man on the left", "sent_id": number}]} for number in range(4)]
     instances = {"images": [{"id": number, "height": 48, "width": 64} for number in range(4)],
-                 "annotations": [{"id": 20 + number, "bbox": box} for number in range(4)]}  # fmt: skip
+                 "annotations": [{"id": 20 + number, "bbox": box} for number in range(4)]}
     content = {
         "vqa": vqa, "vg": vg,
         "vqa_test": [{"question_id": 9, "question": "Two dogs?", "image": "0.jpg", "dataset": "vqa"}, *vqa],
         "answer_list": [*dict.fromkeys(ten), *map(str, range(3, 130))],  # more than are ranked in full
         "nlvr2": nlvr2, "entailment": entailment, "grounding": grounding, "instances": instances,
         "dets": {str(number): [[*box, 0.9], [30, 20, 12.5, 8]] for number in range(4)},
-    }  # fmt: skip
+    }
     for name, rows in content.items():
         (folder / f"{name}.json").write_text(json.dumps(rows))
     (folder / "refs.p").write_bytes(pickle.dumps(refs, protocol=2))
 
     def files(name, **others):
         named = {"image_root": folder, "train": f"[{folder / f'{name}.json'}]", "val": "null",
-                 "test": folder / f"{name}.json"} | others  # fmt: skip
+                 "test": folder / f"{name}.json"} | others
         return "{" + ", ".join(f"{key}: {value}" for key, value in named.items()) + "}"
 
     return [
@@ -147,7 +147,7 @@ def write_tasks(folder):
         f"data.entailment={files('entailment', val=folder / 'entailment.json')}",
         "data.grounding=" + files("grounding", dets=folder / "dets.json", refs=folder / "refs.p",
                                   instances=folder / "instances.json"),
-    ]  # fmt: skip
+    ]
 
 
 def run(folder, program, *arguments):

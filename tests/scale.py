@@ -22,7 +22,7 @@ import time
 from torch.utils.data import DataLoader, Dataset
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
-import data  # noqa: E402
+import data
 
 BATCH = 64
 FEW = 10_000

@@ -15,7 +15,7 @@ SETTINGS = [
     "model={image_size: 64, patch_size: 8, vision_width: 48, vision_layers: 3, vision_heads: 2, text_width: 32, "
     "text_layers: 2, fusion_layers: 4, text_heads: 2, embed_dim: 16, dropout: 0.1}", "pretrain.muon_lr=null",
     "method.words_first=0", "pretrain.max_tokens=14",
-]  # fmt: skip
+]
 VOCAB, BATCH = 90, 6
 
 

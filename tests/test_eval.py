@@ -184,7 +184,7 @@ def test_box_at_the_border_takes_centres_from_its_left_and_upper_edge_on():
     cam = torch.zeros(4, 4)
     cam[3, 3] = 1.0  # centre at 0.875
     for box, own in [((0.875, 0.875, 0.125, 0.125), 1), ((0.88, 0.5, 0.12, 0.5), 0), ((0.5, 0.5, 0.375, 0.5), 0),
-                     ((0.5, 0.5, 0.4, 0.4), 1), ((0.75, 0.75, 0.25, 0.25), 1)]:  # fmt: skip
+                     ((0.5, 0.5, 0.4, 0.4), 1), ((0.75, 0.75, 0.25, 0.25), 1)]:
         assert evaluation.pointing(cam, box, [])["hit_own"] == own, box
 
 
@@ -287,7 +287,7 @@ def test_figures_of_the_printed_table_stand_below_their_names():
     recalls = {f"{way}_r{k}": 10.0 * n + i for n, way in enumerate(("txt", "img")) for i, k in enumerate((1, 5, 10))}
     text = evaluation.format_metrics({
         "zero_shot": recalls, "reranked": {name: value + 50 for name, value in recalls.items()}, "pointing": pointing,
-        "foils": {"color": {"accuracy": 60.0, "standard_error": 1.5}}})  # fmt: skip
+        "foils": {"color": {"accuracy": 60.0, "standard_error": 1.5}}})
     assert [" ".join(line.split()) for line in text.splitlines()] == [
         "retrieval, % txt_r1 txt_r5 txt_r10 img_r1 img_r5 img_r10 mean R@1",
         "by ITC 0.0 1.0 2.0 10.0 11.0 12.0 5.0",
@@ -306,7 +306,7 @@ def test_the_sheet_is_bright_where_the_mask_hides_and_has_each_pairs_score(tmp_p
     cam, asked = torch.zeros(1, 4, 4), []
     cam[0, 1, 2] = 3.0
     api = types.SimpleNamespace(word_attention=lambda image, text: ([text], cam),
-                                match=lambda image, text: asked.append(text) or (0.5, 0.0))  # fmt: skip
+                                match=lambda image, text: asked.append(text) or (0.5, 0.0))
     evaluation.draw_masks(api, [(tmp_path / "0.png", "a"), (tmp_path / "0.png", "b")], tmp_path / "sheet.png")
     sheet = np.asarray(Image.open(tmp_path / "sheet.png").convert("L"), dtype=float)
     patches = sheet[24 : 24 + 192, 200 : 200 + 192].reshape(4, 48, 4, 48).mean((1, 3))  # of the first row's second cell
@@ -340,13 +340,13 @@ def test_masks_of_scenes(trained, tmp_path):
     ("RGBA", (40, 90), "tall.png", "A dog, on a SOFA!", 5),
     ("L", (301, 17), "wide.jpg", "red", 1),
     ("P", (16, 16), "small.gif", "a large red diamond — ünïcode 狗", 7),
-])  # fmt: skip
+])
 def test_masks_of_an_image_of_ones_own(mode, size, name, text, words, trained, tmp_path):
     Image.effect_noise(size, 90).convert("RGB").convert(mode).save(tmp_path / name)
     rendered = set(os.listdir(os.path.join(data.HERE, "data", "scenes")))
     target = tmp_path / "sheet.png"
     result = run(tmp_path, "eval.py", "masks", "--checkpoint", os.path.join(trained.out, "checkpoint.pt"), "--image",
-                 tmp_path / name, "--text", text, "--out", target, "data.scenes.seed=9876", "device=cpu")  # fmt: skip
+                 tmp_path / name, "--text", text, "--out", target, "data.scenes.seed=9876", "device=cpu")
     assert result.status == 0, result.err
     assert set(os.listdir(os.path.join(data.HERE, "data", "scenes"))) == rendered  # no scenes are needed
     with Image.open(target) as sheet:
@@ -368,7 +368,7 @@ def test_masks_of_an_image_of_ones_own(mode, size, name, text, words, trained, t
     (["check", "none"], "none: no metrics.json there, which a run of train.py leaves"),
     (["curve", "none"], "none: no log.jsonl there, which a run of train.py leaves"),
     (["pretrain", "--checkpoint", "config.yaml"], "config.yaml is no checkpoint that can be read safely"),
-])  # fmt: skip
+])
 def test_bad_command_line_is_one_line(arguments, message, trained, tmp_path):
     result = run(tmp_path, "eval.py", "--checkpoint", trained.out, *trained.arguments, "eval.pictures=1", *arguments)
     line = [line for line in result.err.splitlines() if line.startswith("error: ")]
@@ -380,7 +380,7 @@ def test_image_that_cannot_be_read_stops_evaluation(trained, tmp_path):
     rows[4]["image"] = "images/none.jpg"
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     result = run(tmp_path, "eval.py", "pretrain", "--checkpoint", trained.out, *trained.arguments, "num_workers=1",
-                 f"data.retrieval_sets.scenes.test={tmp_path / 'rows.json'}")  # fmt: skip
+                 f"data.retrieval_sets.scenes.test={tmp_path / 'rows.json'}")
     assert "images/none.jpg" in result.err.splitlines()[-1] and "evaluation needs every image" in result.err
     assert result.status == 2 and "Traceback" not in result.err and result.err.splitlines()[-1].startswith("error: ")
 

@@ -122,7 +122,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault, value", [*((fault, math.nan) for fault in FAULTS), ("image", -math.inf),
-                                          ("weight of the matching head", math.inf), ("gradient", math.inf)])  # fmt: skip
+                                          ("weight of the matching head", math.inf), ("gradient", math.inf)])
 def test_a_number_that_is_not_finite_stops_the_run(fault, value, whole, inject, fails, tmp_path, monkeypatch):
     spoil, parts = FAULTS[fault]
     inject({5: (spoil, value)})
@@ -157,7 +157,7 @@ def test_every_task_names_its_losses(task, inject, fails, tmp_path):
     line = fails(start, task, "--out", tmp_path, *SETTINGS, f"{task}.start=null", "data.retrieval_sets.scenes.test=null")
     parts = {"pretrain": EVERY, "vqa": "loss_vqa", "nlvr2_pretrain": "loss_ta", "nlvr2": "loss_cls", "entailment": "loss_cls"}
     assert line.startswith(f"step 2: {parts.get(task, 'loss_itc, loss_itm')} not finite; there is no "
-                           "checkpoint yet; ")  # fmt: skip
+                           "checkpoint yet; ")
     assert os.listdir(tmp_path) and not (tmp_path / "checkpoint.pt").exists() and len(read_log(tmp_path)) == 1
 
 
@@ -433,7 +433,7 @@ def no_memory(*_, tokenizer=None, max_tokens=None):
 
 def full_shared_memory(*_, tokenizer=None, max_tokens=None):  # as torch's DataLoader words it
     raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that dataloader's workers are out "
-                       "of shared memory. Please try to raise your shared memory limit.")  # fmt: skip
+                       "of shared memory. Please try to raise your shared memory limit.")
 
 
 def killed_worker(*_, tokenizer=None, max_tokens=None):
@@ -453,7 +453,7 @@ def test_a_loader_worker_without_memory_says_what_to_change(fault, fails, tmp_pa
     (False, out_of_gpu_memory, "CUDA out of memory. Tried to allocate 2.00 GiB"),
     (False, refused_fork, "Cannot allocate memory"),
     (True, no_memory, "MemoryError"),
-])  # fmt: skip
+])
 def test_out_of_memory_says_what_to_lower(in_worker, fault, said, fails, tmp_path, monkeypatch):
     monkeypatch.setattr(*((data, "_collate") if in_worker else (train, "task_losses")), fault)
     line = fails(start, "--out", tmp_path, *SETTINGS, f"num_workers={int(in_worker)}")
@@ -636,7 +636,7 @@ def snapshot(folder):
 @pytest.mark.parametrize("typo", [
     ["data.pretrain_files=[none.json]"], ["data.tokenizer=none/vocab.txt"], ["--start", "none.pt"],
     ["model.vision_weights=none.pth"], ["pretrain.batch_size=500"], ["--start", "broken.pt"], ["pretrain.max_tokens=41"],
-])  # fmt: skip
+])
 def test_fresh_deletes_nothing_where_the_new_run_cannot_begin(typo, whole, fails, tmp_path, monkeypatch):
     shutil.copytree(whole, tmp_path / "out")
     before = snapshot(tmp_path / "out")

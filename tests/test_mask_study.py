@@ -38,7 +38,7 @@ def test_plain_losses_are_those_of_match_and_a_mask_of_nothing_changes_nothing(t
 
 def test_foils_alone_paint_over_the_object_that_stays_true(trained):
     scene = {"objects": [{"attribute_indices": {"size": 1, "shape": 3}, "box": [1, 0, 2, 1]},
-                         {"attribute_indices": {"size": 6, "shape": 8}, "box": [0, 2, 1, 2]}]}  # fmt: skip
+                         {"attribute_indices": {"size": 6, "shape": 8}, "box": [0, 2, 1, 2]}]}
     foil = {"caption": "a small red ring above a large blue star", "foil": "a small red ring above a small blue star"}
     assert mask_study.other_boxes(foil, scene) == [[1, 0, 2, 1]]
     image = np.zeros((4, 4, 3), np.uint8) + 9

@@ -308,7 +308,7 @@ def test_table_has_where_words_of_every_kind_point():
     assert figures == {
         "pointing: hit_own": 50.0, "pointing: hit_other": 20.0, "pointing: mass_own": 8.0, "pointing: mass_other": 4.0,
         "pointing: color hit_own": 60.0, "pointing: color hit_other": 0.0,
-    }  # fmt: skip
+    }
 
 
 def test_table_refuses_what_is_no_run(tmp_path):

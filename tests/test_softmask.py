@@ -99,7 +99,7 @@ def make_batch(image_ids=True):
         [-1, 0, 1, 1, 2, -1],
         [-1, 0, 1, 2, -1, -1],
         [-1, 0, -1, -1, -1, -1],
-    ])  # fmt: skip
+    ])
     attention_mask = (word_ids >= 0).long()
     attention_mask[:, 0] = 1
     input_ids = torch.randint(5, VOCAB_SIZE, word_ids.shape, generator=seeded(1)) * attention_mask
@@ -625,7 +625,7 @@ POSITIVES = torch.tensor([
     [0, 1, 0, 0, 0, 0, 0, 0, 0],
     [1, 0, 1, 0, 0, 1, 0, 0, 0],
     [0, 0, 0, 1, 1, 0, 1, 0, 1],
-]).bool()  # fmt: skip
+]).bool()
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.4, 1.0])
@@ -1030,7 +1030,7 @@ def test_text_layers_equal_the_loops():
     x = torch.stack([
         tables["word"].weight[i] + tables["position"].weight[n] + tables["token_type"].weight[0]
         for n, i in enumerate(ids[0].tolist())
-    ])  # fmt: skip
+    ])
     x = naive_norm(tables["norm"], x)
     for layer in wide.layers:
         x = naive_norm(layer.self_norm, x + naive_attention(layer.self_attention, x, x)[0])
@@ -1720,7 +1720,7 @@ def test_a_tokenizer_of_the_hub_is_the_one_that_its_checkpoint_gives(monkeypatch
     for one in (tokenizer, again):
         assert softmask.tokenize(one, ["Réd dogs"], 9)["input_ids"].tolist() == [[2, 6, 7, 9]]
     monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda name: types.SimpleNamespace(
-        get_vocab=lambda: {"<s>": 0, "<mask>": 1}))  # fmt: skip
+        get_vocab=lambda: {"<s>": 0, "<mask>": 1}))
     with pytest.raises(ValueError, match=r"roberta-base is no BERT vocabulary: it lacks .*\[CLS\]"):
         softmask.load_tokenizer("roberta-base")
 
@@ -1782,10 +1782,10 @@ def test_tokenize():
     batch = softmask.tokenize(tokenizer, ["A red dogs", "zebra on the sofas of cats", "", "cat"], 6)
     assert batch["input_ids"].tolist() == [
         [2, 5, 6, 7, 9, 0], [2, 1, 10, 13, 14, 9], [2, 0, 0, 0, 0, 0], [2, 8, 0, 0, 0, 0],
-    ]  # fmt: skip
+    ]
     assert batch["word_ids"].tolist() == [
         [-1, 0, 1, 2, 2, -1], [-1, 0, 1, 2, 3, 3], [-1] * 6, [-1, 0, -1, -1, -1, -1],
-    ]  # fmt: skip
+    ]
     assert batch["attention_mask"].tolist() == [[1] * 5 + [0], [1] * 6, [1] + [0] * 5, [1, 1] + [0] * 4]
     assert batch["truncated"] == 1
     assert all(batch[name].dtype == torch.int64 for name in ("input_ids", "word_ids", "attention_mask"))

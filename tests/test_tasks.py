@@ -20,7 +20,7 @@ import softmask
 import train
 from commands import (
     NO_EVALUATION, SPY, TIMES, TINY, assert_close, assert_same, assert_same_run, kill_at_lines, load, read_log, run,
-)  # fmt: skip
+)
 
 FINE_TUNED = [task for task in data.TASKS if task != "pretrain"]
 EVALUATED = [task for task in FINE_TUNED if task != "nlvr2_pretrain"]
@@ -30,7 +30,7 @@ CONTRASTIVE = {"loss_itc", "loss_itm", "itm_accuracy", "temp"}
 LOGGED = {
     "retrieval": CONTRASTIVE, "grounding": CONTRASTIVE, "vqa": {"loss_vqa"}, "nlvr2_pretrain": {"loss_ta", "accuracy"},
     "nlvr2": {"loss_cls", "accuracy"}, "entailment": {"loss_cls", "accuracy"},
-}  # fmt: skip
+}
 CLASSIFIED = {"accuracy", "standard_error", "majority", "items"}
 METRICS = {
     "retrieval": {"itc", "reranked"},
@@ -115,7 +115,7 @@ def test_a_mistake_in_what_is_evaluated_on_ends_the_run_before_it_trains(tmp_pat
         ("retrieval", f"{retrieval}.test={tmp_path / 'rows.json'}", "none.jpg: no such file, the first image of"),
         ("pretrain", f"{retrieval}.image_root={tmp_path}", "images/test/00000.jpg: no such file, the first image of"),
         ("pretrain", f"data.foils={tmp_path / 'none.json'}", "none.json"),
-    ):  # fmt: skip
+    ):
         out = tmp_path / "out"
         result = run(tmp_path, "train.py", task, "--out", out, *TINY, f"{task}.start=null", setting)
         assert message in result.error and not (out / "log.jsonl").exists()
@@ -155,7 +155,7 @@ def test_vqa_metrics_of_rows_as_vqa_has_them():
     ("entailment", "pretrain/checkpoint.pt; fresh: encoders.cls_head; left over: itm_head, temp"),
     ("nlvr2_pretrain", "pretrain/checkpoint.pt; fresh: ta_head; left over: encoders_m, itm_head, temp"),
     ("nlvr2", "nlvr2_pretrain/checkpoint.pt; fresh: encoders.cls_head; left over: ta_head"),
-])  # fmt: skip
+])
 def test_task_says_what_it_starts_from(task, line, runs):
     said = [line for line in runs.results[task].out.splitlines() if line.startswith("starts from")]
     assert said == [f"starts from {os.path.join('out', 'scenes')}{os.sep}{line}"]
@@ -165,7 +165,7 @@ def test_start_is_a_task_a_file_a_folder_or_nothing(runs, tmp_path):
     """With epochs=0 the start itself is evaluated, and is the checkpoint; no training file is needed."""
     start, settings = runs.out / "pretrain", [*runs.arguments, "vqa.epochs=0", "data.vqa={train: [no.json], val: null}"]
     for name, more in (("task", []), ("file", ["--start", start / "checkpoint.pt"]), ("folder", ["--start", start]),
-                       ("nothing", ["vqa.start=null"])):  # fmt: skip
+                       ("nothing", ["vqa.start=null"])):
         result = run(tmp_path, "train.py", "vqa", "--out", tmp_path / name, *settings, *more, cwd=runs.folder)
         assert result.status == 0 and "starts from" in result.out, result.err
         assert ("starts from nothing" in result.out) == (name == "nothing")
@@ -288,7 +288,7 @@ def test_two_processes_have_the_figures_of_one(task, runs, tmp_path, monkeypatch
 def test_fewer_rows_than_processes(runs, tmp_path):
     (tmp_path / "row.json").write_text(json.dumps(json.loads((runs.folder / "nlvr2.json").read_text())[:1]))
     result = run(tmp_path, "eval.py", "nlvr2", "--checkpoint", runs.out / "nlvr2", *runs.arguments,
-                 f"data.nlvr2.test={tmp_path / 'row.json'}", processes=2)  # fmt: skip
+                 f"data.nlvr2.test={tmp_path / 'row.json'}", processes=2)
     assert result.status == [0, 0] and re.search(r"^items +1$", result.out, re.MULTILINE), result.err
 
 
@@ -310,11 +310,11 @@ def test_two_processes_have_the_gradients_of_two_micro_batches(task, runs, tmp_p
     outs = tmp_path / "two", tmp_path / "one"
     for out, processes, accumulation in zip(outs, (2, 1), (1, 2)):
         result = run(tmp_path, spy, task, "--start", start, "--out", out, *runs.arguments, *settings,
-                     f"{task}.accumulation={accumulation}", processes=processes)  # fmt: skip
+                     f"{task}.accumulation={accumulation}", processes=processes)
         assert result.status in (0, [0, 0]) and "Warning" not in result.err, result.err
     for step in (1, 2, 3):
         first, second, alone = (torch.load(path) for path in (
-            outs[0] / f"0-{step}.pt", outs[0] / f"1-{step}.pt", outs[1] / f"0-{step}.pt"))  # fmt: skip
+            outs[0] / f"0-{step}.pt", outs[0] / f"1-{step}.pt", outs[1] / f"0-{step}.pt"))
         assert_same(first, second)
         # The key's bias cancels in the softmax: its gradient is rounding noise, which Adam blows up to whole steps.
         for part, tolerance in (("grads", 1e-5 if step == 1 else 1e-4), ("model", 1e-5 if step == 1 else 1e-4)):
@@ -581,7 +581,7 @@ def test_every_task_starts_from_pre_training(task, layout):
     if layout == "ALBEF.pth":
         assert {"text_encoder.bert.encoder.layer.0.output.LayerNorm.bias", "visual_encoder_m.blocks.1.attn.qkv.weight",
                 "text_encoder_m.bert.encoder.layer.3.crossattention.self.key.weight", "vision_proj_m.bias",
-                "text_encoder.cls.predictions.decoder.weight", "image_queue", "queue_ptr"} < state.keys()  # fmt: skip
+                "text_encoder.cls.predictions.decoder.weight", "image_queue", "queue_ptr"} < state.keys()
     fresh, left = softmask.load_start(model, state)
     assert {softmask.task_part(name) for name in fresh} == FRESH.get(task, set())
     left_twin = {name for name in left if name.startswith("encoders_m.")}
@@ -604,7 +604,7 @@ NOT_IN_VQA = {"encoders.mlm_head", "encoders.image_proj", "encoders.text_proj"}
     ("mscoco.pth", "retrieval", "entailment", BERT_LEFT_OUT | {"encoders.cls_head"}, {"itm_head", "temp"}),
     ("pretrain_model_nlvr.pth", "nlvr2_pretrain", "nlvr2_pretrain", BERT_LEFT_OUT, {"temp"}),
     ("pretrain_model_nlvr.pth", "nlvr2_pretrain", "nlvr2", BERT_LEFT_OUT | {"encoders.cls_head"}, {"ta_head", "temp"}),
-])  # fmt: skip
+])
 def test_albefs_other_checkpoints_are_read(file, source_task, task, fresh, left):
     source, model = random_model(source_task, 1), random_model(task, 2)
     state = softmask.export_albef(source)
@@ -622,7 +622,7 @@ def test_albefs_other_checkpoints_are_read(file, source_task, task, fresh, left)
     }.get(file, {
         "text_encoder.encoder.layer.3.output.dense.bias", "itm_head.bias", "temp", "text_proj_m.bias", "image_queue",
         "text_queue", "idx_queue", "queue_ptr", "text_encoder_m.embeddings.word_embeddings.weight",
-    })  # fmt: skip
+    })
     assert names < state.keys() and not any(name.startswith("encoders") for name in state)
     assert any("_m." in name for name in state) == (file != "pretrain_model_nlvr.pth")
     found = softmask.load_start(model, state)
@@ -697,7 +697,7 @@ def test_twin_is_a_copy_where_the_checkpoint_has_none(task):
     ("entailment", "encoders.cls_head.2.bias", None),
     ("entailment", "encoders.fusion.layers.2.cross_norm.bias",
      "text_encoder.encoder.layer.3.crossattention.output.LayerNorm.bias"),
-])  # fmt: skip
+])
 def test_half_of_a_head_is_refused(task, missing, in_albef):
     source, model = random_model(task, 1), random_model(task, 2)
     state = softmask.export_albef(source) if in_albef else dict(source.state_dict())
@@ -766,7 +766,7 @@ def test_paper_scale_takes_two_steps(task, paper_files, tmp_path):
     metrics = json.loads((tmp_path / "metrics.json").read_text())["metrics"]
     assert metrics["test"].keys() == {
         "retrieval": {"itc", "reranked"}, "vqa": {"accuracy", "standard_error", "items"}, "nlvr2_pretrain": set(),
-    }.get(task, METRICS.get(task))  # fmt: skip
+    }.get(task, METRICS.get(task))
     assert (tmp_path / "best.pt").exists() == (task in ("nlvr2", "entailment"))  # the only ones with a val
     if task == "vqa":
         answers = json.loads((tmp_path / "answers_test.json").read_text())

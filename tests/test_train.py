@@ -27,7 +27,7 @@ import train
 from commands import (
     NO_EVALUATION, SPY, TIMES, TINY, Command, assert_close, assert_same, assert_same_run, kill_at_lines, load,
     log_without_times, read_log, run,
-)  # fmt: skip
+)
 from test_softmask import bert_config, make_model, random_deit, randomise
 
 PAIR = ["pretrain.batch_size=4", "model.dropout=0.0", NO_EVALUATION]  # 12 steps of two processes with 4 pairs
@@ -93,7 +93,7 @@ def test_the_optimizer_is_muon_for_its_matrices_and_adamw_for_the_rest():
     ours = [torch.nn.Parameter(value.clone()) for value in start]
     theirs = [torch.nn.Parameter(value.flatten(1).clone() if value.ndim == 4 else value.clone()) for value in start]
     groups = [{"params": ours[:5], "muon": True, "weight_decay": 0.1, "lr": 0.02},
-              {"params": ours[5:], "muon": False, "weight_decay": 0.2, "lr": 0.01}]  # fmt: skip
+              {"params": ours[5:], "muon": False, "weight_decay": 0.2, "lr": 0.01}]
     optimizer = train.Optimizer(groups, fused=True)
     optimizer.make_moments()
     assert [parameter in optimizer.state for parameter in ours] == [False] * 5 + [True] * 3
@@ -190,7 +190,7 @@ def test_finished_run_says_so_and_fresh_starts_over(trained, tmp_path):
      "pretrain.randaugment_ops=2", "precision=bf16", "pretrain.accumulation=2", "model.dropout=0.1"],
     ["method.queue_size=0", WORDS, "pretrain.vision_lr=2e-3", "pretrain.muon_lr=null"],
     ["method.soft_mask=false", "model.fusion_layers=1", "method.queue_size=3"],  # no layer with word attention
-])  # fmt: skip
+])
 def test_other_settings_run(settings, tmp_path):
     result = run(tmp_path, "train.py", "--out", tmp_path, *TINY, *settings)
     assert result.status == 0, result.err
@@ -207,7 +207,7 @@ def test_a_clean_teacher_is_given_the_image_before_its_distortion(clean):
     config = data.load_config("scenes", [f"method.clean_teacher={str(clean).lower()}"])
     images, shape = torch.rand(4, 3, 16, 16), (4, 6)
     batch = {"input_ids": torch.full(shape, 7), "attention_mask": torch.ones(shape), "image_ids": torch.arange(4),
-             "word_ids": torch.arange(6).expand(shape)}  # fmt: skip
+             "word_ids": torch.arange(6).expand(shape)}
     seen = train.pretrain_losses(lambda *given: given, images, batch, config, (4, torch.tensor([8])), 0.4, None)
     assert not torch.allclose(seen[0], softmask.normalize(images), atol=0.01)
     assert torch.equal(seen[-1], softmask.normalize(images)) if clean else seen[-1] is None
@@ -219,7 +219,7 @@ def test_a_clean_teacher_is_given_the_image_before_its_distortion(clean):
 def test_the_loop_by_hand(tmp_path):
     """Words first, rates of the groups, clipping, temperature, twin before the step, queue: to the bit."""
     arguments = [*TINY, NO_EVALUATION, WORDS, "pretrain.clip_norm=0.1", "pretrain.vision_lr=1e-4", "pretrain.temp_lr=0.3",
-                 "pretrain.max_tokens=5", "method.momentum=0.9", "method.queue_size=2000", "method.itm_weight=0.3"]  # fmt: skip
+                 "pretrain.max_tokens=5", "method.momentum=0.9", "method.queue_size=2000", "method.itm_weight=0.3"]
     train.main(["--out", str(tmp_path), *arguments])
     config = data.resolve_scenes(data.load_config("scenes", arguments))
     task, settings = data.task_settings(config, "pretrain"), data.config_to_dict(config)
@@ -333,7 +333,7 @@ def test_the_encoders_start_from_deit_and_bert_and_the_twin_from_them(tmp_path):
     bert.save_pretrained(tmp_path)
     torch.save(random_deit(), tmp_path / "deit.pth")
     config = data.load_config("scenes", [f"model.vision_weights={tmp_path / 'deit.pth'}",
-                                         f"model.text_weights={tmp_path / 'model.safetensors'}"])  # fmt: skip
+                                         f"model.text_weights={tmp_path / 'model.safetensors'}"])
     model = make_model(seed=5)
     train.load_initial_weights(model, config, "pretrain", [])
     for encoders in (model.encoders, model.encoders_m):
@@ -367,7 +367,7 @@ def losses_of_50_steps(options):
     optimizer = torch.optim.AdamW(train.parameter_groups(model, task), lr=1e-4)
     loader = iter(data.make_loader(
         data.training_set(config, "pretrain"), data.ShuffledBatches(96, 8, 1, 0, 1, 0, 0), tokenizer, task.max_tokens, 0
-    ))  # fmt: skip
+    ))
     special = tokenizer.mask_token_id, torch.arange(5, len(tokenizer))
     found = []
     for step in range(50):
@@ -448,7 +448,7 @@ def spied(tmp_path_factory):
     spy = folder / "spy.py"
     spy.write_text(SPY)
     arguments = [*TINY, *PAIR, "checkpoint_every_steps=1", "method.queue_size=20", "data.scenes.train=30",
-                 "pretrain.batch_size=2"]  # fmt: skip
+                 "pretrain.batch_size=2"]
     outs = folder / "two", folder / "one"
     for out, processes, accumulation in zip(outs, (2, 1), (2, 4)):
         accumulate = f"pretrain.accumulation={accumulation}"
@@ -471,7 +471,7 @@ def test_two_processes_have_the_gradients_of_one_with_twice_the_micro_batches(sp
         assert_close(first["model"], alone["model"], states, 1e-5 if step == 1 else 1e-4)
         assert first["model"]["queue_written"] == 8 * step
     assert_close(*({name: torch.tensor(value) for name, value in read_log(out)[-1].items()} for out in spied),
-                 [name for name in read_log(one)[-1] if name not in TIMES])  # fmt: skip
+                 [name for name in read_log(one)[-1] if name not in TIMES])
 
 
 def test_torchrun_equals_one_process_with_two_micro_batches(tmp_path):
@@ -480,7 +480,7 @@ def test_torchrun_equals_one_process_with_two_micro_batches(tmp_path):
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     arguments = [*TINY, *PAIR, "pretrain.lr=1e-4", WORDS]
     result = subprocess.run([*command, "--out", two, *arguments], cwd=data.HERE, env=environment, capture_output=True,
-                            text=True, timeout=200)  # fmt: skip
+                            text=True, timeout=200)
     assert result.returncode == 0, result.stderr
     assert "Warning" not in result.stderr
     assert run(tmp_path, "train.py", "--out", one, *arguments, "pretrain.accumulation=2").status == 0
@@ -588,7 +588,7 @@ def stopped_lines(result):
 
 @pytest.mark.parametrize("number, processes, workers", [
     (signal.SIGTERM, 1, 0), (signal.SIGTERM, 1, 2), (signal.SIGINT, 1, 2), (signal.SIGTERM, 2, 1)
-])  # fmt: skip
+])
 def test_signal_ends_the_step_and_the_run_goes_on_to_the_same_bits(number, processes, workers, tmp_path):
     """Of two processes the signal goes to one alone. The checkpoint lies between two lines of the log."""
     whole, out, size = tmp_path / "whole", tmp_path / "out", f"pretrain.batch_size={8 // processes}"
@@ -612,7 +612,7 @@ def test_signal_ends_the_step_and_the_run_goes_on_to_the_same_bits(number, proce
 @pytest.mark.parametrize("function, arguments, step", [
     ("data.write_tasks", [], None), ("train.evaluation.evaluate", ["retrieval", "retrieval.start=null"], 6),
     ("train.evaluation.evaluate_pretrained", ["num_workers=1"], 12),
-])  # fmt: skip
+])
 def test_signal_outside_of_steps_ends_at_once(function, arguments, step, tmp_path):
     """It comes in a destructor, such as that of a loader, out of which no exception gets, and ends loader workers too."""
     program = tmp_path / "program.py"
@@ -687,7 +687,7 @@ def test_second_signal_ends_what_hangs(tmp_path):
     (["pretrain.accumulation=2"], "pairs a step: 8 then, 16 now"),
     (["data.scenes.seed=6"], "data.scenes.seed: 5 then, 6 now"),
     (["seed=1"], "seed: 42 then, 1 now"),
-])  # fmt: skip
+])
 def test_resumption_under_changed_settings_is_refused(change, named, finished, tmp_path):
     result = run(tmp_path, "train.py", "--out", finished, *TINY, NO_EVALUATION, *change)
     assert named in result.error and "--fresh" in result.error and str(finished) in result.error
@@ -730,7 +730,7 @@ def test_free_settings_may_change_and_processes_stand_in_for_accumulation(tmp_pa
     command = Command(tmp_path, *arguments, "pretrain.accumulation=2")
     command.kill_when(lambda: len(read_log(tmp_path)) == 5)
     result = run(tmp_path, *arguments, "num_workers=1", "checkpoint_every_steps=2", "eval.top_k=3",
-                 "data.foils=null", processes=2)  # fmt: skip
+                 "data.foils=null", processes=2)
     assert result.status == [0, 0] and "goes on from step 3" in result.out, result.err
     assert [line["step"] for line in read_log(tmp_path)] == list(range(1, 13))
 
@@ -806,7 +806,7 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch, capsys):
     (["model.vision_weights=config.yaml"], "config.yaml is no checkpoint that can be read safely"),
     (["model.text_weights=none.safetensors"], "none.safetensors"),
     (["--out", "config.yaml"], "config.yaml"),
-])  # fmt: skip
+])
 def test_bad_command_line_is_one_line(arguments, message, tmp_path):
     result = run(tmp_path, "train.py", "--out", tmp_path, *TINY, *arguments)
     assert message in result.error
@@ -917,7 +917,7 @@ def test_torchrun_ends_when_one_process_fails(own_files, tmp_path):
     result = subprocess.run(
         [*command, "--out", str(tmp_path / "out"), *settings, "max_bad_image_share=0.0"], cwd=data.HERE,
         env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=100,
-    )  # fmt: skip
+    )
     assert result.returncode != 0
     assert "error: 1 records were bad while 24 were read" in result.stderr, result.stderr
     assert len(read_log(tmp_path / "out")) == 2
