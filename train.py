@@ -231,25 +231,26 @@ def task_losses(task_name, model, batch, config, special, alpha, seeds, words_on
 def train(model, optimizer, loader, config, task, run):
     """Train from run.step to run.total_steps. run: the Run that logs, saves and counts."""
     device, world = evaluation.resolve_device(config), evaluation.world_size()
-    first = int(config.method.words_first * run.total_steps) if run.task_name == "pretrain" else 0
+    pretraining, has_queue = run.task_name == "pretrain", isinstance(model, softmask.PretrainModel)
+    words_steps = int(config.method.words_first * run.total_steps) if pretraining else 0
+    itm_weight = config.method.itm_weight if pretraining else 1.0
     wrapped = model
     if world > 1:
         device_ids = [device] if device.type == "cuda" else None
         # torch 2.13 has a new name for broadcast_buffers and warns of the old, the one that 2.11 knows
         warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
         wrapped = DistributedDataParallel(model, device_ids, broadcast_buffers=False, gradient_as_bucket_view=True)
-    itm_weight = config.method.itm_weight if run.task_name == "pretrain" else 1.0
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer.make_moments()
     batches = iter(loader)
     model.train()
     for step in range(run.step, run.total_steps):
-        words_only = step < first  # a training of its own: it has the whole schedule
-        lr = lr_at(step, first, task) if words_only else lr_at(step - first, run.total_steps - first, task)
+        words_only = step < words_steps  # a training of its own: it has the whole schedule
+        begin, end = (0, words_steps) if words_only else (words_steps, run.total_steps)
+        lr = lr_at(step - begin, end - begin, task)
         for group in optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
         alpha = config.method.alpha * (min(1.0, step / run.steps_per_epoch) if task.ramp_alpha else 1.0)
-        has_queue = isinstance(model, softmask.PretrainModel)
         if has_queue:
             model.clamp_temp()
         model.update_twin()
