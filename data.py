@@ -66,7 +66,7 @@ INDEX_VERSION = 1  # raised with any change of what the folder holds
 INDEX_KEPT_FROM = 1 << 24  # bytes; a smaller file is indexed within a second, at every start
 CHUNK_BYTES = 1 << 22  # what is read at a time of an annotation file
 MAX_RECORD_BYTES = 1 << 24
-MAX_YAML_NODES = 100_000  # config.yaml has 1,000
+MAX_YAML_NODES = 100_000  # config.yaml has 1,200
 MAX_SHARD_IMAGE_BYTES = 1 << 28
 MAX_TAR_HEADER_BYTES = 1 << 13  # beyond a member's own 512: a long name, say
 MAX_PIXELS = 100_000_000  # a larger image is refused before it is decoded
@@ -1057,7 +1057,7 @@ class TrainingSet(Dataset):
         the bad records passed over; and what _targets adds. InputError after MAX_TRIES bad ones.
         """
         epoch, index = key
-        purpose = "pair" if self.task == "pretrain" else self.task
+        purpose = "pair" if self.task == "pretrain" else self.task  # as it was called first: a new name, other draws
         generator = torch.Generator().manual_seed(hash63(purpose, self.seed, epoch, index))
         replaced = []
         for _ in range(MAX_TRIES):

@@ -439,7 +439,10 @@ def classification_metrics(predictions, labels, names) -> dict[str, float]:
 
 
 def task_batches(rows, tokenize, config, device):
-    """Yield (indices, image, tokens) of this process's share of rows with image or images (NLVR2), and text."""
+    """Yield (indices, image, tokens) of batches of this process's share of rows, under autocast.
+
+    rows: dicts with text and image or, of NLVR2, images; image (B, 3, S, S) or (B, 2, 3, S, S), normalised, on device.
+    """
     mine = list(range(rank(), len(rows), world_size()))
     paths = [row.get("images", [row.get("image")]) for row in rows]
     many = len(paths[0])
@@ -828,7 +831,7 @@ def headline(metrics: dict) -> dict[str, float]:
 
 
 def own_settings(settings: dict, task: str) -> dict:
-    """Less what is named after other tasks."""
+    """settings without those that are named after other tasks."""
     return {name: part for name, part in settings.items() if name == task or name not in data.TASKS}
 
 
@@ -935,7 +938,8 @@ def tabulate(runs) -> str:
 # Settings that change no figure of a run, and the seed, which is compared apart.
 CHANGES_NO_FIGURE = {"seed", "device", "num_workers", "log_every_steps", "checkpoint_every_steps", "eval_every_steps",
                      "max_bad_image_share", "max_skipped_steps", "eval.pictures"}
-# How many standard deviations three mean for a normal law that is known from so many runs: Student's t at 99.73 %.
+# What stands for 3 standard deviations, by the number of runs n that these are estimated from: the quantile of Student's
+# t with n - 1 degrees of freedom that leaves as much outside, 0.27 %.
 STUDENT = {3: 19.21, 4: 9.219, 5: 6.620, 6: 5.507, 7: 4.904, 8: 4.530, 9: 4.277, 10: 4.094}
 
 
@@ -1029,8 +1033,10 @@ def describe(path, checkpoint):
 
 
 def load_for(task, path, device):
-    """The model of a checkpoint for a task, and its tokenizer and dict: as load_trained's, of pre-training also for
-    retrieval and grounding, which need nothing more."""
+    """softmask.load_trained's model, tokenizer and checkpoint; InputError where the model is of no use for the task.
+
+    A task wants a model of its own; pretrain, retrieval and grounding, whose models have the same parts, any of the three.
+    """
     path = softmask.checkpoint_path(path)
     model, tokenizer, checkpoint = softmask.load_trained(path, device)
     describe(path, checkpoint)
@@ -1053,7 +1059,7 @@ def main(arguments):
     parser.add_argument("--image", help="masks: your own image")
     parser.add_argument("--text", help="masks: your own sentence")
     parser.add_argument("--split", default="test", choices=("val", "test"), help="split to evaluate on")
-    parser.add_argument("--out", help="masks: the PNG to write (default: masks.png in the checkpoint's folder, IMAGE_masks.png)")
+    parser.add_argument("--out", help="masks: the PNG to write (default: masks.png or IMAGE_masks.png beside the checkpoint)")
     parser.add_argument("--record", action="store_true", help="check: write the figures of DIR... as the recorded ones")
     options = parser.parse_intermixed_args(arguments)
     overrides = [word for word in options.words if "=" in word]

@@ -10,13 +10,14 @@
 Tasks: pretrain, retrieval, vqa, nlvr2_pretrain, nlvr2, entailment, grounding. Pre-training ends with its evaluation;
 fine-tuning is evaluated on val after each epoch, the best epoch is kept as best.pt and tested once, at the end.
 Out (out/SCALE/TASK unless --out says otherwise): checkpoint.pt, best.pt, log.jsonl, metrics.json, and masks.png,
-masks_STEP.png of pre-training, answers_test.json of VQA. The same command in the same folder goes on where it stopped;
---fresh starts over.
+masks_STEP.png of pre-training, answers_val.json and answers_test.json of VQA. The same command in the same folder goes
+on where it stopped; --fresh starts over.
 SIGTERM and ctrl-C: a step under way is finished and a checkpoint written, else the run ends at once.
 
 A line of log.jsonl, means over the steps since the line before and over all processes:
   step               optimizer steps done                    epoch             passes over the data, a fraction
-  loss               sum of the parts                        loss_itc          (focal) image-text contrastive loss
+  loss               sum of the parts, those of ITM times method.itm_weight
+  loss_itc           (focal) image-text contrastive loss
   loss_itm           matching; 0.6365 is the floor of a constant answer at one match to two non-matches
   loss_soft_itm      matching on soft-masked images          loss_mlm          masked language modelling
   loss_words         the caption's words, read off the patches, alone in the first steps: method.words_first
@@ -28,10 +29,10 @@ A line of log.jsonl, means over the steps since the line before and over all pro
   grad_norm          length of the whole gradient, before clipping
   bad_images         records replaced so far, because their image or caption could not be used
   skipped_steps      steps left out so far, their loss or gradient not being finite; the means are without them
-  truncated          share of captions cut at its task's max_tokens
+  truncated          share of texts cut at the task's max_tokens
   pairs              records seen so far, over all processes
   txt_r1, img_r1     R@1 by ITC on val, 0 to 100: in pre-training every eval_every_steps, and then at its end too
-  pairs_per_second   over all processes                      seconds           since this process started
+  pairs_per_second   over all processes                      seconds           since the model was built
 """
 
 import argparse
@@ -82,9 +83,9 @@ def lr_at(step: int, total_steps: int, task) -> float:
 
 
 def parameter_groups(model, task) -> list[dict]:
-    """Groups for Optimizer: biases, norms, position and [CLS] embeddings are spared weight decay; the image encoder, the
-    temperature and, if task.muon_lr is not None, the weight matrices of the layers and of the patch embedding have
-    learning rates of their own, lr_scale times the schedule's.
+    """Groups for Optimizer: biases, norms, temperature, position and [CLS] embeddings are spared weight decay; the image
+    encoder, the temperature and, if task.muon_lr is not None, the weight matrices of the layers and of the patch
+    embedding have learning rates of their own, lr_scale times the schedule's.
 
     [ours]: ALBEF has one learning rate, and decays temperature, position and [CLS] embeddings too.
     """
@@ -183,7 +184,7 @@ def prepare(model, config):
 def pretrain_losses(model, image, batch, config, special, alpha, generator):
     """Mask the text, distort the images; what task_losses returns.
 
-    special: mask_id and ordinary_ids of the tokenizer.
+    image (B, 3, S, S), in [0, 1]; batch: of make_loader; special: mask_id and ordinary_ids of softmask.mask_text.
     """
     method = config.method
     masked_ids, mlm_labels = softmask.mask_text(
@@ -800,7 +801,7 @@ def locked(out):
 
 
 def parse(arguments):
-    """The command line: task, action and settings."""
+    """The command line: its options, with check, task, config and out filled in."""
     parser = argparse.ArgumentParser(
         description="Train a task; see config.yaml for every setting.", usage=__doc__.split("\n\n")[1]
     )
