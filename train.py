@@ -745,13 +745,13 @@ def run_task(task_name, config, settings, out, fresh):
     torch.manual_seed(data.hash63("weights", config.seed))
     model = softmask.build_model(task_name, len(tokenizer), as_dict["model"], method)
 
-    def evaluate(split, model):
+    def evaluate(model, split="val"):
         return evaluation.evaluate(task_name, model, tokenizer, config, split, out)
 
-    validate, watch = functools.partial(evaluate, "val"), None
+    watch = None
     if task_name == "pretrain" and config.eval_every_steps:
         watch = evaluation.watch_pretraining(tokenizer, config, out)
-    run = Run(out, config, settings, task_name, task, steps_per_epoch, digest, tokenizer, validate, watch)
+    run = Run(out, config, settings, task_name, task, steps_per_epoch, digest, tokenizer, evaluate, watch)
     model.to(device)
     optimizer = Optimizer(parameter_groups(model, task), lr=task.lr, fused=True)
     if fresh or not run.resume(model, optimizer):
@@ -781,8 +781,8 @@ def run_task(task_name, config, settings, out, fresh):
         if world > 1:
             dist.barrier()  # process 0 may still be writing it
         softmask.load_weights(model, softmask.read_checkpoint(run.best_file)["model"])
-    metrics = {"val": run.best["metrics"], "best_epoch": run.best["epoch"]} if run.best else {"val": evaluate("val", model)}
-    return run.step, metrics | {"test": evaluate("test", model)}
+    metrics = {"val": run.best["metrics"], "best_epoch": run.best["epoch"]} if run.best else {"val": evaluate(model)}
+    return run.step, metrics | {"test": evaluate(model, "test")}
 
 
 @contextlib.contextmanager
