@@ -405,7 +405,7 @@ class Encoders(nn.Module):
         self, vocab_size: int, image_size: int, patch_size: int, vision_width: int, vision_layers: int,
         vision_heads: int, text_width: int, text_layers: int, fusion_layers: int, text_heads: int, max_positions: int,
         embed_dim: int, dropout: float, images_per_text: int = 1,
-    ):  # fmt: skip
+    ):
         super().__init__()
         self.vision = VisionTransformer(image_size, patch_size, vision_width, vision_layers, vision_heads)
         self.text = TextEncoder(vocab_size, max_positions, text_width, text_layers, text_heads, dropout)
@@ -642,7 +642,7 @@ class PretrainModel(TaskModel):
     def __init__(
         self, encoders: Encoders, queue_size: int, momentum: float, temp: float, soft_mask: bool,
         soft_mask_negatives: bool, attention_layer: int | None, focal_gamma: float, mask_text_for: str | None,
-    ):  # fmt: skip
+    ):
         super().__init__(encoders, momentum, () if mask_text_for else ("mlm_head",))
         fusion_layers = len(encoders.fusion.layers)
         self.attention_layer = (fusion_layers - 1) // 2 if attention_layer is None else attention_layer
@@ -685,7 +685,7 @@ class PretrainModel(TaskModel):
     def forward(
         self, image, input_ids, attention_mask, masked_ids, mlm_labels, word_ids, image_ids, alpha, generator=None,
         clean_image=None,
-    ):  # fmt: skip
+    ):
         """Losses {itc, itm, soft_itm, mlm} of one batch, statistics for the log, and the arguments for enqueue.
 
         image (B, 3, S, S), normalised, distorted; input_ids, attention_mask, word_ids (B, L): of tokenize; masked_ids,
@@ -1103,7 +1103,7 @@ ALBEF_TEXT_NAMES = (
     ("crossattention.output.LayerNorm.", "cross_norm."), (".attention.self.", ".self_attention."),
     (".attention.output.dense.", ".self_attention.out."), (".attention.output.LayerNorm.", ".self_norm."),
     (".intermediate.dense.", ".mlp.fc1."), (".output.dense.", ".mlp.fc2."), (".output.LayerNorm.", ".mlp_norm."),
-)  # fmt: skip
+)
 """Part of ALBEF's parameter name -> ours, in this order; text_decoder. and text_encoder.bert. are as text_encoder."""
 
 NOT_OURS = re.compile(
@@ -1113,7 +1113,7 @@ NOT_OURS = re.compile(
 """What those checkpoints hold and we expect to leave: constants, tied copies, heads of other tasks, queues."""
 
 TASK_PARTS = ("temp", "itm_head", "ta_head", "encoders.cls_head", "encoders.decoder", "encoders.mlm_head",
-              "encoders.image_proj", "encoders.text_proj")  # fmt: skip
+              "encoders.image_proj", "encoders.text_proj")
 """What the model of one task has and that of another may lack."""
 
 
