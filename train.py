@@ -167,6 +167,7 @@ def prepare(model, config):
         torch._functorch.config.donated_buffer = False  # backward passes run twice: for the word attention, for the loss
         torch._inductor.config.fallback_random = True  # the dropout of a run that is not compiled
         torch._dynamo.config.specialize_float = True  # dropout is a constant: as a variable all was traced twice
+        torch._dynamo.config.optimize_ddp = False  # it would cut each layer at the ends of DDP's buckets
         torch._dynamo.config.recompile_limit = 64  # TextLayer is used in a dozen ways; beyond the limit of 8 it ran as is
         if torch.__version__ < "2.12":  # its choice of tiles fails on lengths that vary: pytorch issue 181563
             torch._inductor.config.triton.coalesce_tiling_analysis = False
