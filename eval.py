@@ -21,6 +21,7 @@ Metrics, percentages from 0 to 100 unless said otherwise:
 
 import argparse
 import contextlib
+import datetime
 import functools
 import itertools
 import json
@@ -30,6 +31,7 @@ import pathlib
 import platform
 import re
 import sys
+import traceback
 
 import numpy as np
 import torch
@@ -75,10 +77,28 @@ def resolve_device(config) -> torch.device:
 def join_processes(config):
     """Start the process group where torchrun started this process."""
     if "RANK" in os.environ:
-        device = resolve_device(config)
+        device, patience = resolve_device(config), datetime.timedelta(hours=1)  # nccl's 10 minutes may be one's indexing
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+            dist.init_process_group("nccl", timeout=patience, device_id=device)
+        else:
+            dist.init_process_group("gloo", timeout=patience)
+
+
+def leave_processes(error):
+    """End the process group. error: what ends this process, or None.
+
+    The end of nccl's waits for the other processes, and these may be waiting for one that fails: it leaves at once.
+    """
+    status = 0 if error is None else error.code if isinstance(error, SystemExit) else 1
+    if status and world_size() > 1:
+        if not isinstance(error, SystemExit):
+            traceback.print_exception(error)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def with_scenes(config):
@@ -1143,8 +1163,7 @@ def one_line_errors():
         print(f"error: {line}", file=sys.stderr)
         sys.exit(2)
     finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        leave_processes(sys.exc_info()[1])
 
 
 if __name__ == "__main__":

@@ -217,6 +217,32 @@ with train.evaluation.one_line_errors():
 """A train.py in which one micro-batch or process has, in step 5, an infinite part of the loss with a finite gradient."""
 
 
+ONE_FAILS = """
+import sys, time, torch, train
+def failing(run, *arguments):
+    if run.step == 2 and train.evaluation.rank() == 1:
+        raise {error}("of one process")
+    return step_done(run, *arguments)
+step_done, train.Run.step_done = train.Run.step_done, failing
+torch.distributed.destroy_process_group = lambda: time.sleep(1000)
+with train.evaluation.one_line_errors():
+    train.main(sys.argv[1:])
+"""
+"""A train.py of which process 1 fails, where the end of a process group waits for the other processes, as nccl's does."""
+
+
+@pytest.mark.parametrize("error, status, line", [
+    ("ValueError", 2, "error: of one process"), ("RuntimeError", 1, "RuntimeError: of one process"),
+])
+def test_a_process_that_fails_does_not_wait_for_the_others(error, status, line, tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(ONE_FAILS.replace("{error}", error))
+    arguments = ["--out", tmp_path / "out", *SETTINGS, "pretrain.batch_size=4"]
+    result = run(tmp_path, program, *arguments, processes=2, timeout=60)
+    assert result.status[1] == status and result.status[0] != 0
+    assert line in result.err.splitlines(), result.err
+
+
 def test_processes_agree_on_a_loss_that_is_not_finite_in_one(tmp_path):
     program = tmp_path / "program.py"
     program.write_text(ONE_RANK)
