@@ -398,7 +398,9 @@ def pick_proposal(cam, proposals, height: int, width: int):
     keeps the box of the picture before]. A box without area is passed over, and what lies outside the image counts 0
     [ours].
     """
-    cam = torch.nn.functional.interpolate(cam[None, None].float(), (height, width), mode="bicubic")[0, 0].cpu()
+    if cam.shape != (height, width):  # the greater part of the time
+        cam = torch.nn.functional.interpolate(cam[None, None].float(), (height, width), mode="bicubic")[0, 0]
+    cam = cam.cpu()
     best, best_score = None, 0.0
     for x, y, w, h in (proposal[:4] for proposal in proposals):
         if w > 0 and h > 0:
