@@ -3,7 +3,7 @@
     python train.py                                            # scenes: pre-train, evaluate, draw masks
     python train.py vqa                                        # fine-tune its output; likewise the other tasks
     torchrun --nproc_per_node 8 train.py pretrain --scale paper
-    torchrun --nproc_per_node 8 train.py retrieval --scale paper --start ALBEF.pth data.retrieval=flickr30k
+    torchrun --nproc_per_node 8 train.py retrieval --scale paper retrieval.start=ALBEF.pth data.retrieval=flickr30k
     python train.py check pretrain --scale flickr8k            # look through the files before any training
     python train.py pretrain model.vision_layers=6 pretrain.batch_size=32
 
@@ -684,7 +684,7 @@ def start_file(config, task_name):
         except FileNotFoundError:
             raise data.InputError(
                 f"{task_name} starts from {start}, of which {folder} holds no checkpoint; run python train.py {start} "
-                f"--scale {config.scale} first, or give --start FILE, or {task_name}.start=null"
+                f"--scale {config.scale} first, or give {task_name}.start=FILE, or {task_name}.start=null"
             ) from None
     return None if start is None else softmask.checkpoint_path(start)
 
@@ -808,7 +808,8 @@ def parse(arguments):
     )
     parser.add_argument("words", nargs="*", metavar="[check] TASK key=value", help="task, and settings to override")
     parser.add_argument("--scale", default="scenes", help="scale of config.yaml (default: scenes)")
-    parser.add_argument("--start", help="folder or file of the checkpoint to start from")
+    parser.add_argument("--start", help="folder or file of the checkpoint to start from: TASK.start=, as "
+                        "it must be written under torchrun, which takes --start for an option of its own")
     parser.add_argument("--out", help="output folder (default: out/SCALE/TASK)")
     parser.add_argument("--fresh", action="store_true", help="start over although the folder holds a run")
     options = parser.parse_intermixed_args(arguments)

@@ -203,7 +203,7 @@ def test_missing_start_is_one_line(task, start, tmp_path):
     folder = os.path.join("out", "scenes", start)
     assert result.error == (
         f"{task} starts from {start}, of which {folder} holds no checkpoint; run python train.py {start} "
-        f"--scale scenes first, or give --start FILE, or {task}.start=null"
+        f"--scale scenes first, or give {task}.start=FILE, or {task}.start=null"
     )
     result = run(tmp_path, "train.py", task, "--start", "none.pt", *TINY, cwd=tmp_path)
     assert result.error == "none.pt: no such file, and no folder with best.pt or checkpoint.pt of train.py"

@@ -7,6 +7,7 @@ import os
 import pathlib
 import random
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import types
 
 import pytest
 import torch
+import torch.distributed.run
 from PIL import Image
 from transformers import BertForMaskedLM
 
@@ -907,6 +909,17 @@ def test_too_many_bad_records_stop_the_run(own_files, tmp_path):
     result = command.wait(timeout=10)  # the worker, which outlives SIGTERM for 20 s, does not hold it up
     assert result.error.startswith("20 records in a row are bad, the last '")
     assert ".jpg" in result.error and "No such file" in result.error
+
+
+def test_torchrun_takes_the_commands_that_are_said_of_it():
+    """Its parser looks for its own options in all of the line, also shortened."""
+    text = "".join(pathlib.Path(data.HERE, name).read_text() for name in ("README.md", "train.py")).replace("\\\n", " ")
+    lines = [shlex.split(line, comments=True) for line in re.findall(r"^ *torchrun (.*)", text, re.MULTILINE)]
+    assert len(lines) > 4
+    for words in lines:
+        parsed = torch.distributed.run.get_args_parser().parse_args(words)
+        assert parsed.training_script == "train.py" and parsed.nproc_per_node in "28"
+        assert train.parse(parsed.training_script_args).task in data.TASKS
 
 
 def test_torchrun_ends_when_one_process_fails(own_files, tmp_path):
