@@ -387,8 +387,8 @@ def _convert(value, kind, key):
             if name not in hints:
                 name = str(name)[:100]
                 inside = [f"{part}.{name}" for part, hint in hints.items() if name in getattr(hint, "__annotations__", ())]
-                nearest = (inside or difflib.get_close_matches(name, hints, n=1, cutoff=0.0))[0]
-                raise InputError(f"{prefix}{name} is no setting; the nearest is {prefix}{nearest}")
+                near = inside or difflib.get_close_matches(name, hints, n=1, cutoff=0.0)
+                raise InputError(f"{prefix}{name} is no setting; the nearest is {' or '.join(prefix + key for key in near)}")
         for name in hints:
             if name not in value:
                 raise InputError(f"{prefix}{name} is missing")
@@ -1212,6 +1212,9 @@ def load_retrieval(path, image_root, max_words):
         captions += [softmask.clean_caption(text, max_words) for text in texts]
         image_of_caption += [len(images)] * len(texts)
         images.append(join_image_path(image_root, record["image"]))
+    image, count = collections.Counter(images).most_common(1)[0]
+    if count > 1:  # copies would be told apart, and all but one be wrong
+        raise InputError(f"{path}: {image} is in {count} records; for retrieval give each image once, with all its captions")
     return images, captions, np.array(image_of_caption, np.int64)
 
 
@@ -1344,6 +1347,8 @@ def load_grounding(path, config):
             "ref_id": record["ref_id"], "split": ref["split"], "image_id": ref["image_id"],
             "bbox": annotation["bbox"][:4], "height": image["height"], "width": image["width"],
             "dets": [box[:4] for box in boxes if min(box[2:4]) > 0]})  # one without an area is never the best [ALBEF]
+    if not any(row["dets"] for row in rows):
+        raise InputError(f"{files.dets} has no proposal for any image of {path}; its keys are image ids, as '581857'")
     return rows
 
 

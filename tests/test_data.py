@@ -142,7 +142,7 @@ def test_overrides():
 @pytest.mark.parametrize("override, message", [
     ("pretrain.batchsize=3", "pretrain.batchsize is no setting; the nearest is pretrain.batch_size"),
     ("modle.dropout=0.1", "modle is no setting; the nearest is model"),
-    ("batch_size=3", "batch_size is no setting; the nearest is pretrain.batch_size"),
+    ("batch_size=3", "batch_size is no setting; the nearest is pretrain.batch_size or retrieval.batch_size or vqa.batch_size"),
     ("data.scenes.trian=3", "data.scenes.train"),
     ("data.retrieval_sets.new.image_root=/x", "data.retrieval_sets.new.train is missing"),
     ("pretrain.batch_size=3.0", "pretrain.batch_size: wanted int, got 3.0"),
@@ -977,6 +977,9 @@ def test_load_retrieval(tmp_path):
     images, captions, image_of_caption = data.load_retrieval(write_json(tmp_path / "r.json", rows), "root", 2)
     assert images == ["root/a.jpg", "root/b.jpg"] and captions == ["one two", "three four", "six"]
     assert image_of_caption.tolist() == [0, 0, 1] and image_of_caption.dtype == np.int64
+    flat = write_json(tmp_path / "flat.json", [rows[1], {"image": "a.jpg", "caption": "one"}, {"image": "a.jpg", "caption": "two"}])
+    with pytest.raises(data.InputError, match="flat.json: root/a.jpg is in 2 records; .* each image once, with all its captions"):
+        data.load_retrieval(flat, "root", 2)
     rows[1]["image"] = "../b.jpg"
     with pytest.raises(data.InputError, match="'../b.jpg' lies outside image_root 'root'"):
         data.load_retrieval(write_json(tmp_path / "r.json", rows), "root", 2)
@@ -1249,6 +1252,7 @@ def test_load_grounding_joins_references_boxes_and_proposals(grounding, tmp_path
     (lambda files: files.update(dets=[]), "wanted a JSON object in each"),
     (lambda files: files["dets"].update({"700": [[1, 2, 3]]}), "record 0 .*image 700 in .*dets.json are no boxes"),
     (lambda files: files["dets"].update({"700": 3}), "image 700 in .*dets.json are no boxes"),
+    (lambda files: files.update(dets={"0.png": [[1, 2, 3, 4]]}), "dets.json has no proposal for any image of .*rows.json"),
 ])
 def test_files_of_grounding_that_do_not_fit_name_row_and_file(grounding, tmp_path, spoil, message):
     contents, paths, config = grounding
