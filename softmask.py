@@ -1045,7 +1045,7 @@ def load_tokenizer(name):
     if not isinstance(name, str):
         entries, name = list(name), "vocabulary"
     elif os.path.isfile(name):
-        with open(name, encoding="utf-8") as file:
+        with open(name, encoding="utf-8-sig") as file:
             entries = [line.rstrip("\n") for line in file]
     elif name.endswith(".txt"):  # no name on the hub, where a look-up may take minutes
         raise ValueError(f"tokenizer {name!r}: no such file")

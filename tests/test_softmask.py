@@ -1705,7 +1705,8 @@ def test_flip_words():
 
 def test_load_tokenizer_reads_a_list_a_file_and_a_folder(tmp_path):
     (tmp_path / "vocab.txt").write_text("\n".join(VOCABULARY) + "\n")
-    for source in (VOCABULARY, str(tmp_path / "vocab.txt"), str(tmp_path)):
+    (tmp_path / "bom.txt").write_text("\n".join(VOCABULARY), encoding="utf-8-sig")
+    for source in (VOCABULARY, str(tmp_path / "vocab.txt"), str(tmp_path), str(tmp_path / "bom.txt")):
         tokenizer = softmask.load_tokenizer(source)
         assert softmask.vocabulary(tokenizer) == VOCABULARY
         assert softmask.tokenize(tokenizer, ["red dogs"], 9)["input_ids"].tolist() == [[2, 6, 7, 9]]
