@@ -549,6 +549,8 @@ def look_ahead(task, config):
     files = data.task_files(config, "retrieval" if task == "pretrain" else task)
     for split in ("test",) if task == "pretrain" else ("val", "test"):
         file = getattr(files, split)
+        if task != "pretrain" and file in files.train and rank() == 0:
+            print(f"{file}, for {split}, is among the files trained on: its figures will say little", file=sys.stderr)
         if lack := lacking(task, config, split):
             if task == "pretrain" and rank() == 0:
                 print(f"no evaluation at the end: {lack}", file=sys.stderr)
@@ -587,10 +589,13 @@ def evaluate(task, model, tokenizer, config, split, out):
         return ground(model, rows, tokenize, config)
     if task == "vqa":
         chosen = answer_questions(model, rows, data.load_answers(files.answers), tokenize, config)
+        target, metrics = os.path.join(out, f"answers_{split}.json"), vqa_metrics(rows, chosen)
         if rank() == 0:
             results = [{"question_id": row["question_id"], "answer": answer} for row, answer in zip(rows, chosen)]
-            data.write_atomically(os.path.join(out, f"answers_{split}.json"), json.dumps(results).encode())
-        return vqa_metrics(rows, chosen)
+            data.write_atomically(target, json.dumps(results).encode())
+            if not metrics:
+                print(f"no question of {file} has answers to judge by; ours: {target}", file=sys.stderr)
+        return metrics
     if task == "nlvr2":
         return classify(model, rows, ("false", "true"), tokenize, config)
     return classify(model, rows, data.ENTAILMENT_LABELS, tokenize, config)
@@ -615,7 +620,8 @@ def evaluate_pretrained(model, tokenizer, config, out, split="test"):
     files = data.task_files(config, "retrieval")
     file = getattr(files, split)
     if lack := lacking("pretrain", config, split):
-        print(f"no evaluation: {lack}", file=sys.stderr)
+        if rank() == 0:
+            print(f"no evaluation: {lack}", file=sys.stderr)
         return {}
     max_tokens = data.evaluation_max_tokens(config, "pretrain")
     tokenize = functools.partial(softmask.tokenize, tokenizer, max_tokens=max_tokens)
@@ -891,6 +897,8 @@ def read_runs(folders) -> dict:
         settings, figures = run["settings"], headline(run["metrics"])
         if figures:
             runs.setdefault(run["task"], []).append((settings, settings.pop("seed"), figures))
+    if not runs:
+        raise data.InputError(f"{files[0]} has no figures to compare, nor has another; was there a file to evaluate on?")
     for task, found in runs.items():
         keys = dict.fromkeys(key for settings, _, _ in found for key in settings)
         together = {}  # which runs share a value of it -> the settings of which the same runs do
@@ -1040,18 +1048,19 @@ def check(folder, path=RECORD) -> int:
 
 
 def describe(path, checkpoint):
-    """Print a line that says what a checkpoint is."""
+    """Print a line that says what a checkpoint is; InputError where it is of another version."""
     missing = {"epoch", "commit"} - checkpoint.keys()
     if missing:
         raise data.InputError(f"{path} is no checkpoint of this version: it lacks {', '.join(sorted(missing))}")
     config, task = checkpoint["config"], checkpoint["task"]
     files = ", ".join(data.task_files(data.config_from_dict(config, path), task).train)
-    print(
-        f"{path}: {task}, step {checkpoint['step']}, epoch {checkpoint['epoch']:.1f}, "
-        f"{config[task]['image_size'] or config['model']['image_size']} px, seed {config['seed']}, commit "
-        f"{checkpoint['commit']}, from {files}",
-        file=sys.stderr,
-    )
+    if rank() == 0:
+        print(
+            f"{path}: {task}, step {checkpoint['step']}, epoch {checkpoint['epoch']:.1f}, "
+            f"{config[task]['image_size'] or config['model']['image_size']} px, seed {config['seed']}, commit "
+            f"{checkpoint['commit']}, trained on {files} of scale {config['scale']}",
+            file=sys.stderr,
+        )
 
 
 def load_for(task, path, device):
@@ -1099,14 +1108,16 @@ def main(arguments):
         raise data.InputError(f"{' '.join([task, *rest])!r} is none of {', '.join([*tasks, 'table', 'curve', 'check'])}")
     if options.out is not None and task != "masks":
         raise data.InputError(f"--out is for masks; the figures of {task} are printed, its answers lie beside the checkpoint")
+    if options.image is not None and task != "masks":
+        raise data.InputError(f"--image is for masks; {task} is evaluated on the files of its scale")
     config = data.load_config(options.scale, overrides)
     join_processes(config)
     if task != "masks" or options.image is None:  # one's own image needs no scenes
         config = with_scenes(config)
     path = options.checkpoint or os.path.join("out", options.scale, "pretrain" if task == "masks" else task)
     model, tokenizer, checkpoint = load_for("pretrain" if task == "masks" else task, path, resolve_device(config))
-    # the weights fix the model; the command line the data and how to evaluate
-    fixed = {name: checkpoint["config"][name] for name in ("model", "method")}
+    # the checkpoint says what the model is and, by its task's max_tokens, where texts are cut; the command line the rest
+    fixed = {name: checkpoint["config"][name] for name in ("model", "method", checkpoint["task"])}
     fixed["model"] = fixed["model"] | {"image_size": model.encoders.vision.grid * model.encoders.vision.patch_size}
     config = data.config_from_dict(data.config_to_dict(config) | fixed, path)
     folder = path if os.path.isdir(path) else os.path.dirname(path)
@@ -1131,6 +1142,9 @@ def main(arguments):
         return
     if lack := lacking(task, config, options.split):
         raise data.InputError(f"{lack}; name the file to evaluate on")
+    if rank() == 0:
+        file = getattr(data.task_files(config, "retrieval" if task == "pretrain" else task), options.split)
+        print(f"evaluated on {file} of scale {options.scale}", file=sys.stderr)
     if task == "pretrain":
         metrics = evaluate_pretrained(model, tokenizer, config, folder, options.split)
     else:

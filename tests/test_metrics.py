@@ -295,6 +295,15 @@ def test_table_takes_runs_that_start_from_their_own_seed_as_alike(tmp_path, caps
     ]
 
 
+def test_table_of_runs_without_figures_is_refused(tmp_path):
+    write_run(tmp_path / "a", 1, 10.0)
+    file = tmp_path / "a" / "metrics.json"
+    run = json.loads(file.read_text()) | {"metrics": {"val": {}, "test": {}}}
+    file.write_text(json.dumps(run))
+    with pytest.raises(data.InputError, match="metrics.json has no figures to compare"):
+        evaluation.main(["table", str(tmp_path)])
+
+
 def test_table_takes_val_where_there_is_no_test():
     val = {"accuracy": 50.0, "items": 4}
     assert evaluation.headline({"val": val, "best_epoch": 2, "test": {}}) == {"accuracy": 50.0}

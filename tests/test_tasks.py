@@ -190,6 +190,37 @@ def test_fine_tuning_at_an_image_size_of_its_own(runs, tmp_path):
         assert f"{split}:\n{figures}" in result.out and figures, again.err
 
 
+def test_evaluation_cuts_texts_where_the_run_cut_them_and_says_what_it_reads(runs, tmp_path):
+    settings = ["retrieval.max_tokens=4", "retrieval.epochs=1", "data.retrieval_sets.scenes.val=null"]
+    result = run(tmp_path, "train.py", "retrieval", "--start", runs.out / "pretrain", "--out", tmp_path,
+                 *runs.arguments, *settings)
+    again = run(tmp_path, "eval.py", "retrieval", "--checkpoint", tmp_path, *runs.arguments)
+    figures = "".join(f"  {line}\n" for line in again.out.splitlines())
+    assert figures and f"test:\n{figures}" in result.out, again.err
+    said, read = again.err.splitlines()
+    assert "retrieval_train.json of scale scenes" in said
+    assert read.startswith("evaluated on ") and read.endswith("retrieval_test.json of scale scenes")
+
+
+def test_figures_of_a_file_that_is_trained_on_are_told_from_others(runs, tmp_path):
+    file = commands.scenes_folder() / "vqa_train.json"
+    for files in ("val", "test"):
+        result = run(tmp_path, "train.py", "vqa", "--start", runs.out / "pretrain", "--out", tmp_path / files,
+                     *runs.arguments, "vqa.epochs=0", "data.vqa={val: null, test: null}", f"data.vqa.{files}={file}")
+        assert result.err.count(f"{file}, for {files}, is among the files trained on") == 1, result.err
+
+
+def test_questions_without_answers_are_answered_and_not_judged(runs, tmp_path):
+    file = tmp_path / "questions.json"
+    rows = json.loads((commands.scenes_folder() / "vqa_test.json").read_text())
+    file.write_text(json.dumps([{key: value for key, value in row.items() if key != "answer"} for row in rows]))
+    result = run(tmp_path, "eval.py", "vqa", "--checkpoint", runs.out / "vqa" / "best.pt", *runs.arguments,
+                 f"data.vqa.test={file}")
+    answers = runs.out / "vqa" / "answers_test.json"
+    assert result.err.endswith(f"no question of {file} has answers to judge by; ours: {answers}\n")
+    assert [row["question_id"] for row in json.loads(answers.read_text())] == [row["question_id"] for row in rows]
+
+
 def test_finished_run_gives_its_figures_again(runs):
     before = (runs.out / "vqa" / "metrics.json").read_text()
     result = run(runs.folder, "train.py", "vqa", *runs.arguments, cwd=runs.folder)
