@@ -68,6 +68,9 @@ import softmask
 # Settings that do not change what a run computes: a run may go on under other values of them.
 FREE_SETTINGS = {"num_workers", "device", "compile", "checkpointing", "checkpoint_every_steps", "eval_every_steps",
                  "max_bad_image_share", "max_skipped_steps", "eval", "scale", "data.grounding_boxes", "data.foils"}
+# Of the section data: the tasks that train on what such a setting names. Others are named after their task, or of all.
+TRAINS = {"retrieval_sets": ("retrieval",), **dict.fromkeys(
+    ("pretrain_files", "nlvr2_pretrain_files", "pretrain_image_root"), ("pretrain", "nlvr2_pretrain"))}
 
 
 def lr_at(step: int, total_steps: int, task) -> float:
@@ -433,6 +436,7 @@ class Run:
         """Take over a checkpoint of this run; InputError where it was made under other settings."""
         def own(settings):  # neither what other tasks are set to, nor the files that they read
             part = evaluation.own_settings(settings["data"], self.task_name)
+            part = {name: value for name, value in part.items() if self.task_name in TRAINS.get(name, data.TASKS)}
             return evaluation.own_settings(settings | {"data": part}, self.task_name)
         changed = changed_settings(own(checkpoint["config"]), own(self.settings))
         if checkpoint["task"] != self.task_name:
@@ -765,7 +769,8 @@ def run_task(task_name, config, settings, out, fresh):
     if run.step < run.total_steps:
         count = sum(p.numel() for p in model.parameters() if p.requires_grad)
         say(f"{task_name}: {count / 1e6:.1f}M parameters, {len(dataset)} records, {run.total_steps} steps of "
-            f"{run.global_batch} pairs, {world} process{'es' * (world > 1)} on {device}, {config.precision}")
+            f"{run.global_batch} pairs, {world} process{'es' * (world > 1)} on {device}, {config.precision}"
+            + f"; {dataset.records.left_out} samples without a caption left out" * bool(dataset.records.left_out))
         sampler = data.ShuffledBatches(len(dataset), *blocks, run.step)
         pinned = device.type == "cuda"
         loader = data.make_loader(dataset, sampler, tokenizer, task.max_tokens, config.num_workers, pinned)

@@ -30,6 +30,7 @@ from commands import (
     NO_EVALUATION, SPY, TIMES, TINY, Command, assert_close, assert_same, assert_same_run, kill_at_lines, load,
     log_without_times, read_log, run,
 )
+from test_data import write_shard
 from test_softmask import bert_config, make_model, random_deit, randomise
 
 PAIR = ["pretrain.batch_size=4", "model.dropout=0.0", NO_EVALUATION]  # 12 steps of two processes with 4 pairs
@@ -716,7 +717,8 @@ def test_resumption_under_changed_settings_is_refused(change, named, finished, t
 
 
 def test_files_of_other_tasks_may_change_before_a_resumption(finished):
-    others = ["data.vqa.test=null", "data.grounding.image_root=elsewhere", "vqa.lr=1e-3"]
+    others = ["data.vqa.test=null", "data.grounding.image_root=elsewhere", "vqa.lr=1e-3",
+              "data.retrieval_sets.scenes.val=null"]
     result = run(finished, "train.py", "--out", finished, *TINY, NO_EVALUATION, *others)
     assert result.status == 0, result.err
 
@@ -890,6 +892,16 @@ def test_bad_records_are_replaced_counted_and_named(own_files, tmp_path):
         assert read_log(out)[-1]["bad_images"] == len(named)
         totals.append([line["bad_images"] for line in read_log(out)])
     assert totals[0] == totals[1]
+
+
+def test_a_run_on_shards_says_what_it_leaves_out(tmp_path):
+    images = sorted((commands.scenes_folder() / "images" / "train").iterdir())[:20]
+    members = {path.name: path.read_bytes() for path in images}
+    members |= {f"{path.stem}.txt": b"a red star" for path in images[2:]}
+    shard = write_shard(tmp_path / "0.tar", members)
+    result = run(tmp_path, "train.py", "--out", tmp_path / "out", *TINY, NO_EVALUATION, f"data.pretrain_files=[{shard}]")
+    assert result.status == 0 and len(read_log(tmp_path / "out")) == 2, result.err  # two steps of 8
+    assert "18 records, 2 steps of 8 pairs, 1 process on cpu, float32; 2 samples without a caption left out" in result.out
 
 
 def test_too_many_bad_records_stop_the_run(own_files, tmp_path):
