@@ -745,6 +745,8 @@ def run_task(task_name, config, settings, out, fresh):
     if task.epochs:  # 0: the start is evaluated, no training file is needed
         dataset = data.training_set(config, task_name)
         digest, steps_per_epoch = dataset.records.digest, data.ShuffledBatches(len(dataset), *blocks, 0).steps_per_epoch
+        if len(set(softmask.gather(torch.tensor([int(digest[:15], 16)], device=device)).tolist())) > 1:
+            raise data.InputError("the processes read annotation files that differ; give all machines the same")
         method["queue_size"] = min(method["queue_size"], len(dataset) // 4)  # a longer one holds a pair too many times
 
     torch.manual_seed(data.hash63("weights", config.seed))

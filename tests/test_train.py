@@ -923,6 +923,20 @@ def test_too_many_bad_records_stop_the_run(own_files, tmp_path):
     assert ".jpg" in result.error and "No such file" in result.error
 
 
+def test_processes_that_read_other_files_are_refused(tmp_path):
+    """As of two machines, of which one has an older copy."""
+    rows = json.loads((commands.scenes_folder() / "pretrain.json").read_text())[:32]
+    for rank, order in enumerate((1, -1)):
+        (tmp_path / f"{rank}.json").write_text(json.dumps(rows[::order]))
+    program = tmp_path / "program.py"
+    program.write_text("import os, sys, train\nwith train.evaluation.one_line_errors():\n"
+                       f"    train.main([*sys.argv[1:], 'data.pretrain_files=[{tmp_path}/' + os.environ['RANK'] + '.json]'])\n")
+    result = run(tmp_path, program, "--out", tmp_path / "out", *TINY, NO_EVALUATION, processes=2)
+    assert result.status == [2, 2], result.err
+    assert result.err.count("error: the processes read annotation files that differ") == 2
+    assert not (tmp_path / "out" / "log.jsonl").exists()
+
+
 def test_torchrun_takes_the_commands_that_are_said_of_it():
     """Its parser looks for its own options in all of the line, also shortened."""
     text = "".join(pathlib.Path(data.HERE, name).read_text() for name in ("README.md", "train.py")).replace("\\\n", " ")
