@@ -723,6 +723,8 @@ def run_commands(folder):
     whole = [{"image": "good.jpg", "caption": "a red circle"}] * 16
     odd = write_json(folder, "odd.json", [{"image": "good.jpg", "caption": [text]} for text in ODD] + whole)
     damaged = write_json(folder, "damaged.json", whole + [{"image": "cut.jpg", "caption": "a red circle"}] * 4)
+    odd_set = write_json(folder, "odd_set.json", [{"image": "good.jpg", "caption": ODD}, {"image": "deep.png", "caption": "a"}])
+    damaged_set = write_json(folder, "damaged_set.json", [whole[0], {"image": "cut.jpg", "caption": "a red circle"}])
     silent = write_json(folder, "silent.json", [{"image": "good.jpg", "caption": []}])
     missing = write_json(folder, "missing.json", [{"image": "\udc80 \ud83d.jpg", "caption": "x"}] * 9)
     with open(os.path.join(folder, "cut.json"), "w") as file:
@@ -742,9 +744,10 @@ def run_commands(folder):
         ([*train, "seed=!!int ''"], 2, "is not YAML"),
         ([*train, f"data.pretrain_files=[{damaged}]", "max_bad_image_share=0.5", "--fresh"], 0, "bad record, replaced"),
         ([*train, f"data.pretrain_files=[{odd}]", "max_bad_image_share=0.5", "--fresh"], 0, "empty caption"),
-        ([*evaluate, f"data.retrieval_sets.scenes.test={odd}"], 0, "txt_r1"),
+        ([*evaluate, f"data.retrieval_sets.scenes.test={odd_set}"], 0, "txt_r1"),
+        ([*evaluate, f"data.retrieval_sets.scenes.test={odd}"], 2, "give each image once"),
         ([*evaluate, f"data.retrieval_sets.scenes.test={silent}"], 2, "record 0 (from 0): no caption"),
-        ([*evaluate, f"data.retrieval_sets.scenes.test={damaged}"], 2, "evaluation needs every image"),
+        ([*evaluate, f"data.retrieval_sets.scenes.test={damaged_set}"], 2, "evaluation needs every image"),
         ([*masks, os.path.join(folder, "huge.png")], 2, "50000 x 50000 pixels are over 100,000,000"),
         ([*masks, os.path.join(folder, "deep.png")], 0, "masks.png"),
     ]:
