@@ -68,8 +68,8 @@ import softmask
 # Settings that do not change what a run computes: a run may go on under other values of them.
 FREE_SETTINGS = {"num_workers", "device", "compile", "checkpointing", "checkpoint_every_steps", "eval_every_steps",
                  "max_bad_image_share", "max_skipped_steps", "eval", "scale", "data.grounding_boxes", "data.foils"}
-# Of the section data: the tasks that train on what such a setting names. Others are named after their task, or of all.
-TRAINS = {"retrieval_sets": ("retrieval",), **dict.fromkeys(
+# Settings of data that are not named after a task, yet read by the training of these alone.
+READERS = {"retrieval_sets": ("retrieval",), **dict.fromkeys(
     ("pretrain_files", "nlvr2_pretrain_files", "pretrain_image_root"), ("pretrain", "nlvr2_pretrain"))}
 
 
@@ -436,7 +436,7 @@ class Run:
         """Take over a checkpoint of this run; InputError where it was made under other settings."""
         def own(settings):  # neither what other tasks are set to, nor the files that they read
             part = evaluation.own_settings(settings["data"], self.task_name)
-            part = {name: value for name, value in part.items() if self.task_name in TRAINS.get(name, data.TASKS)}
+            part = {name: value for name, value in part.items() if self.task_name in READERS.get(name, data.TASKS)}
             return evaluation.own_settings(settings | {"data": part}, self.task_name)
         changed = changed_settings(own(checkpoint["config"]), own(self.settings))
         if checkpoint["task"] != self.task_name:
