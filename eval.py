@@ -531,11 +531,15 @@ def load_rows(task, file, config):
     return readers.get(task, data.load_grounding)(file, config)
 
 
+def evaluation_files(task, config):
+    """The files of a task's evaluation; of pre-training those of retrieval."""
+    return data.task_files(config, "retrieval" if task == "pretrain" else task)
+
+
 def lacking(task, config, split) -> str | None:
     """What a task's evaluation on a split lacks, named after its setting; None where the file is there."""
-    task = "retrieval" if task == "pretrain" else task
-    part = f"retrieval_sets.{config.data.retrieval}" if task == "retrieval" else task
-    file = getattr(data.task_files(config, task), split)
+    part = f"retrieval_sets.{config.data.retrieval}" if task in ("pretrain", "retrieval") else task
+    file = getattr(evaluation_files(task, config), split)
     if file is None:
         return f"data.{part}.{split} is null"
     return None if os.path.isfile(file) else f"data.{part}.{split}: {file} is missing"
@@ -546,7 +550,7 @@ def look_ahead(task, config):
 
     InputError for what could not be evaluated; where pre-training has no file for it, a line says so.
     """
-    files = data.task_files(config, "retrieval" if task == "pretrain" else task)
+    files = evaluation_files(task, config)
     for split in ("test",) if task == "pretrain" else ("val", "test"):
         file = getattr(files, split)
         if task != "pretrain" and file in files.train and rank() == 0:
@@ -617,7 +621,7 @@ def evaluate_pretrained(model, tokenizer, config, out, split="test"):
     Process 0 alone measures pointing and foils, whose files are of test, and draws; all processes share the retrieval.
     """
     model.eval()
-    files = data.task_files(config, "retrieval")
+    files = evaluation_files("pretrain", config)
     file = getattr(files, split)
     if lack := lacking("pretrain", config, split):
         if rank() == 0:
@@ -648,7 +652,7 @@ def evaluate_pretrained(model, tokenizer, config, out, split="test"):
 def watch_pretraining(tokenizer, config, out):
     """A function of a model and its step: it returns R@1 by ITC on val, {txt_r1, img_r1}, and draws out/masks_STEP.png,
     the soft masks of val's first caption. Random numbers of training are left as they are."""
-    files = data.task_files(config, "retrieval")
+    files = evaluation_files("pretrain", config)
     if files.val is None:
         raise data.InputError(f"eval_every_steps: data.retrieval_sets.{config.data.retrieval}.val is null; name a file")
     paths, captions, image_of_text = data.load_retrieval(files.val, files.image_root, config.data.max_words)
@@ -1143,8 +1147,7 @@ def main(arguments):
     if lack := lacking(task, config, options.split):
         raise data.InputError(f"{lack}; name the file to evaluate on")
     if rank() == 0:
-        file = getattr(data.task_files(config, "retrieval" if task == "pretrain" else task), options.split)
-        print(f"evaluated on {file} of scale {options.scale}", file=sys.stderr)
+        print(f"evaluated on {getattr(evaluation_files(task, config), options.split)} of scale {options.scale}", file=sys.stderr)
     if task == "pretrain":
         metrics = evaluate_pretrained(model, tokenizer, config, folder, options.split)
     else:
