@@ -260,8 +260,7 @@ class TextLayer(nn.Module):
 
     def forward(self, x, mask, keys_values=None, image_index=None, keys_mask=None, return_probs=False, cls_only=False):
         """x (R, L, D), mask (R, 1, L or 1, L) bool; the others: see FusionEncoder. Returns x, probs."""
-        probs = None
-        own = ()  # keys and values of all tokens, where x does not stay all tokens
+        probs, own = None, ()  # own: keys and values of all tokens, where x does not stay all tokens
         if cls_only:
             own, x, mask = self.self_attention.keys_values(x), x[:, :1], mask[:, :, :1]  # (R, L, D) -> (R, 1, D)
         x = self.self_norm(x + self.dropout(self.self_attention(x, *own, mask=mask)[0]))
@@ -695,6 +694,8 @@ class PretrainModel(TaskModel):
         """
         student, twin = self.encoders, self.encoders_m
         own, masked = torch.arange(len(image), device=image.device), mlm_labels != -100
+        # A GPU is waited for here, where it has little to do yet, and nowhere below.
+        filled, chosen = min(int(self.queue_written), len(self.queue_ids)), masked.nonzero(as_tuple=True)
         text_ids = masked_ids if self.mask_text_for == "all" else input_ids  # [paper] Fig. 2: the masked text enters
         image_m, text_ids_m = (image, text_ids) if clean_image is None else (clean_image, input_ids)
 
@@ -710,7 +711,6 @@ class PretrainModel(TaskModel):
         # Focal ITC, before fusion
         ids = own if image_ids is None else image_ids
         different = ids[:, None] != ids[None]  # (B, B)
-        filled = min(int(self.queue_written), len(self.queue_ids))
         queues = self.image_queue[:filled], self.text_queue[:filled]
         positives = None if image_ids is None else ids[:, None] == torch.cat([ids, self.queue_ids[:filled]])[None]
         loss_itc, sim_i2t, sim_t2i = focal_itc_loss(
@@ -760,8 +760,8 @@ class PretrainModel(TaskModel):
                 if text_ids_m is not masked_ids:
                     text_embeds_m = twin.encode_text(masked_ids, attention_mask)
                 fused_m, _ = twin.fuse(text_embeds_m, attention_mask, twin.image_keys_values(image_embeds_m))
-                mlm_logits_m = twin.mlm_logits(fused_m[masked])  # (M, V)
-            losses["mlm"] = mlm_loss(student.mlm_logits(fused[masked]), mlm_logits_m, mlm_labels[masked], alpha)
+                mlm_logits_m = twin.mlm_logits(fused_m[chosen])  # (M, V)
+            losses["mlm"] = mlm_loss(student.mlm_logits(fused[chosen]), mlm_logits_m, mlm_labels[chosen], alpha)
 
         return losses, stats, (image_feat_m, text_feat_m, image_ids)
 

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BertConfig, BertForMaskedLM, BertModel, BertTokenizer, ViTConfig, ViTModel
 
 import softmask
@@ -1203,6 +1204,26 @@ def test_a_batch_of_one():
     losses, _, _ = model(**batch)
     sum(losses.values()).backward()
     assert all(loss.isfinite() for loss in losses.values())
+
+
+@pytest.mark.parametrize("mask_text_for", ["all", "mlm"])
+def test_sizes_that_a_gpu_is_waited_for_are_read_before_the_encoders(mask_text_for):
+    """A wait in the midst of a step would let the GPU run dry."""
+    operations = []
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+            name = operation.overloadpacket.__name__
+            indices = args[1] if name.startswith(("index", "_index")) and isinstance(args[1], (list, tuple)) else ()
+            by_mask = any(index is not None and index.dtype == torch.bool for index in indices)
+            operations.append("wait" if by_mask or name in ("_local_scalar_dense", "nonzero") else name)
+            return operation(*args, **(kwargs or {}))
+
+    model, batch = make_model(mask_text_for=mask_text_for), make_batch()
+    with Record():
+        losses, _, _ = model(**batch)
+        sum(losses.values()).backward()
+    assert "wait" in operations and "wait" not in operations[operations.index("convolution"):]
 
 
 def test_no_caption_with_a_word_left():
