@@ -410,7 +410,7 @@ def test_compilation_changes_rounding_alone(plain_losses, monkeypatch):
 
 
 @pytest.mark.parametrize("task", ["pretrain", "vqa"])
-def test_layers_stay_compiled_through_training_and_evaluation(task, tmp_path, monkeypatch):
+def test_encoders_stay_compiled_through_training_and_evaluation(task, tmp_path, monkeypatch):
     compiled = torch.compile
     monkeypatch.setattr(torch, "compile", lambda f, **k: compiled(f, backend="eager", **k))
     torch.compiler.reset()
@@ -418,7 +418,7 @@ def test_layers_stay_compiled_through_training_and_evaluation(task, tmp_path, mo
         train.main([task, "--out", str(tmp_path), *TINY, *FEW_LAYERS, f"{task}.start=null", "compile=true"])
 
 
-def test_a_compiled_layer_is_one_graph_under_ddp_too(monkeypatch):
+def test_a_compiled_encoder_is_one_graph_under_ddp_too(monkeypatch):
     graphs, compiled = [], torch.compile
     monkeypatch.setattr(torch, "compile", lambda f, **k: compiled(f, backend=count, **k))
     monkeypatch.setattr(torch._dynamo.config, "optimize_ddp", True)  # as it is before train.prepare
@@ -428,11 +428,11 @@ def test_a_compiled_layer_is_one_graph_under_ddp_too(monkeypatch):
         graphs.append(graph)
         return graph.forward
 
-    model = torch.nn.Sequential(softmask.VisionBlock(192, 2))  # 1.8 MB, above the 1 MB of DDP's first bucket
+    model = softmask.VisionTransformer(8, 4, 192, 1, 2)  # 1.9 MB, above the 1 MB of DDP's first bucket
     train.prepare(model, data.load_config("scenes", ["compile=true"]))
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
-        torch.nn.parallel.DistributedDataParallel(model)(torch.randn(2, 5, 192)).sum().backward()
+        torch.nn.parallel.DistributedDataParallel(model)(torch.randn(2, 3, 8, 8)).sum().backward()
     finally:
         torch.distributed.destroy_process_group()
     assert len(graphs) == 1
