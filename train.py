@@ -163,8 +163,9 @@ def orthogonal(matrices):
 def prepare(model, config):
     """Activation checkpointing and torch.compile, where config has them on: no result changes beyond rounding. [ours]
 
-    The image encoder is compiled whole, text layers one by one, which takes less time and is as good where lengths vary;
-    the layer of the word attention not at all: torch.autograd.grad takes a gradient in its midst.
+    The image encoder is compiled as a whole, so that a GPU need not wait for the calls of its layers; text layers, whose
+    sizes vary, one by one: as wholes they take twice as long to compile. The layer of the word attention is not compiled:
+    torch.autograd.grad takes a gradient in its midst.
     """
     if config.compile:
         torch._functorch.config.donated_buffer = False  # backward passes run twice: for the word attention, for the loss
