@@ -41,6 +41,7 @@ from PIL import Image, ImageDraw, ImageFont
 import data
 import softmask
 
+torch.backends.cudnn.allow_tf32 = False  # precision=float32 is that in the patch embedding too, where cuDNN rounds to 10 bits
 RECORD = os.path.join(data.HERE, "tests", "quick_start.json")  # figures of the quick start, see check
 
 

@@ -122,6 +122,10 @@ def test_match_scores_under_bf16_are_not_rounded_to_ties(scene):
     assert not scores.requires_grad
 
 
+def test_a_gpu_would_not_round_float32():
+    assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
+
+
 def test_two_processes_have_the_figures_of_one(trained, tmp_path):
     rows = json.loads((commands.scenes_folder() / "retrieval_test.json").read_text())
     for row in rows[::3]:
