@@ -25,10 +25,11 @@ A line of log.jsonl, means over the steps since the line before and over all pro
   loss_ta            text assignment, before NLVR2           accuracy          of these two on their batches, 0 to 1
   itm_accuracy       mean of the accuracy on matches and on non-matches: 0.5 is chance; soft_itm_accuracy likewise
   mask_mean          mean of the soft mask over patches, 0 to 1              temp   temperature of the contrastive loss
-  alpha              weight of the twin's soft targets       lr                learning rate at this step
+  alpha              weight of the twin's soft targets       lr                learning rate
   grad_norm          length of the whole gradient, before clipping
   bad_images         records replaced so far, because their image or caption could not be used
-  skipped_steps      steps left out so far, their loss or gradient not being finite; the means are without them
+  skipped_steps      steps left out so far, their loss or gradient not being finite; the means of what depends on the
+                     batch are without them
   truncated          share of texts cut at the task's max_tokens
   pairs              records seen so far, over all processes
   txt_r1, img_r1     R@1 by ITC on val, 0 to 100: in pre-training every eval_every_steps, and then at its end too
@@ -67,9 +68,15 @@ import softmask
 
 # Settings that do not change what a run computes: a run may go on under other values of them.
 FREE_SETTINGS = {"num_workers", "device", "compile", "checkpointing", "checkpoint_every_steps", "eval_every_steps",
-                 "max_bad_image_share", "max_skipped_steps", "eval", "scale", "data.grounding_boxes", "data.foils"}
-# Settings of data that are not named after a task, yet read by the training of these alone.
-READERS = {"retrieval_sets": ("retrieval",), **dict.fromkeys(
+                 "max_bad_image_share", "max_skipped_steps", "eval.batch_size", "eval.pictures", "scale",
+                 "data.grounding_boxes", "data.foils"}
+# Likewise, wherever they stand: accumulation is as good as processes, pairs a step are checked; test is read after the
+# training; annotation files are compared by content, and they and the images may have moved.
+FREE_KEYS = {"accumulation", "test", "train", "pretrain_files", "nlvr2_pretrain_files", "image_root", "vg_image_root",
+             "pretrain_image_root"}
+# Settings of data and eval that are not named after a task, yet read by the training of these alone, or by their choice of
+# the best epoch.
+READERS = {"retrieval_sets": ("retrieval",), "top_k": ("retrieval",), "answers_top_k": ("vqa",), **dict.fromkeys(
     ("pretrain_files", "nlvr2_pretrain_files", "pretrain_image_root"), ("pretrain", "nlvr2_pretrain"))}
 
 
@@ -180,8 +187,8 @@ def prepare(model, config):
         attending = model.encoders.fusion.layers[model.attention_layer]
     for part in model.modules():
         text = isinstance(part, softmask.TextLayer)
-        if config.compile and (text and part is not attending or isinstance(part, softmask.VisionTransformer)):
-            part.forward = torch.compile(part.forward, dynamic=text or None)
+        if config.compile and (isinstance(part, softmask.VisionTransformer) or (text and part is not attending)):
+            part.forward = torch.compile(part.forward, dynamic=True if text else None)  # None: once a second size comes
         if config.checkpointing and (text or isinstance(part, softmask.VisionBlock)):
             part.forward = functools.partial(torch.utils.checkpoint.checkpoint, part.forward, use_reentrant=False)
 
@@ -435,10 +442,11 @@ class Run:
 
     def load(self, model, optimizer, checkpoint):
         """Take over a checkpoint of this run; InputError where it was made under other settings."""
-        def own(settings):  # neither what other tasks are set to, nor the files that they read
-            part = evaluation.own_settings(settings["data"], self.task_name)
-            part = {name: value for name, value in part.items() if self.task_name in READERS.get(name, data.TASKS)}
-            return evaluation.own_settings(settings | {"data": part}, self.task_name)
+        def own(settings):  # neither what other tasks are set to, nor what they alone read
+            parts = {key: evaluation.own_settings(settings[key], self.task_name) for key in ("data", "eval")}
+            for key, part in parts.items():
+                parts[key] = {name: part[name] for name in part if self.task_name in READERS.get(name, data.TASKS)}
+            return evaluation.own_settings(settings | parts, self.task_name)
         changed = changed_settings(own(checkpoint["config"]), own(self.settings))
         if checkpoint["task"] != self.task_name:
             changed.append(f"task: {checkpoint['task']} then, {self.task_name} now")
@@ -638,8 +646,7 @@ def changed_settings(old: dict, new: dict, prefix: str = "") -> list[str]:
     changed = []
     for key in sorted(old.keys() | new.keys()):
         name = prefix + key
-        # accumulation is as good as processes, pairs a step are checked; test is read after the training
-        if name in FREE_SETTINGS or key in ("accumulation", "test"):
+        if name in FREE_SETTINGS or key in FREE_KEYS:
             continue
         before, after = old.get(key), new.get(key)
         if isinstance(before, dict) and isinstance(after, dict):

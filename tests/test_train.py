@@ -8,6 +8,7 @@ import pathlib
 import random
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -356,7 +357,7 @@ def test_a_start_with_another_vocabulary_is_refused(tmp_path):
 
 # Options that change no result
 
-FEW_LAYERS = ["model.vision_layers=1", "model.fusion_layers=2"]  # each is compiled by itself, which takes seconds
+FEW_LAYERS = ["model.vision_layers=1", "model.fusion_layers=2"]  # each takes the compiler seconds
 
 
 def losses_of_50_steps(options):
@@ -716,6 +717,14 @@ def test_resumption_under_changed_settings_is_refused(change, named, finished, t
     assert named in result.error and "--fresh" in result.error and str(finished) in result.error
 
 
+def test_what_the_best_epoch_is_chosen_by_may_not_change(tmp_path):
+    command = ["train.py", "retrieval", "--out", tmp_path, *TINY, "retrieval.start=null", "retrieval.epochs=1"]
+    assert run(tmp_path, *command).status == 0
+    assert "eval.top_k: 4 then, 2 now" in run(tmp_path, *command, "eval.top_k=2").error
+    result = run(tmp_path, *command, "eval.batch_size=3", "eval.answers_top_k=2")
+    assert result.status == 0 and "finished: " in result.out, result.err
+
+
 def test_files_of_other_tasks_may_change_before_a_resumption(finished):
     others = ["data.vqa.test=null", "data.grounding.image_root=elsewhere", "vqa.lr=1e-3",
               "data.retrieval_sets.scenes.val=null"]
@@ -740,6 +749,11 @@ def test_resumption_with_other_files_is_refused(tmp_path):
     file.write_text(json.dumps(rows[:16]))
     vocabulary.write_text("\n".join(words))
     assert run(tmp_path, *command).status == 0
+    moved = tmp_path / "moved"
+    moved.symlink_to(folder)
+    shutil.copy(file, tmp_path / "copy.json")
+    result = run(tmp_path, *command, f"data.pretrain_files=[{tmp_path / 'copy.json'}]", f"data.pretrain_image_root={moved}")
+    assert result.status == 0 and "finished: " in result.out, result.err
     file.write_text(json.dumps(rows[:32]))
     assert "steps, from the number of records: 2 then, 4 now" in run(tmp_path, *command).error
     file.write_text(json.dumps(rows[1:17]))
