@@ -30,8 +30,12 @@ import os
 import pathlib
 import platform
 import re
+import signal
 import sys
 import traceback
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # ctrl-C: nothing is to be saved, and no traceback of use
 
 import numpy as np
 import torch
@@ -41,7 +45,7 @@ from PIL import Image, ImageDraw, ImageFont
 import data
 import softmask
 
-torch.backends.cudnn.allow_tf32 = False  # precision=float32 is that in the patch embedding too, where cuDNN rounds to 10 bits
+torch.backends.cudnn.allow_tf32 = False  # of train.py and eval.py: cuDNN would round the patch embedding's float32 to 10 bits
 RECORD = os.path.join(data.HERE, "tests", "quick_start.json")  # figures of the quick start, see check
 
 
@@ -643,7 +647,10 @@ def evaluate_pretrained(model, tokenizer, config, out, split="test"):
         paths, captions, image_of_text = data.load_retrieval(file, files.image_root, config.data.max_words)
         firsts = np.unique(image_of_text, return_index=True)[1][: config.eval.pictures]  # the first caption of an image
         api = softmask.Pretrained(model, tokenizer, max_tokens, config.data.max_words)
-        draw_masks(api, [(paths[image_of_text[t]], captions[t]) for t in firsts], os.path.join(out, "masks.png"))
+        try:
+            draw_masks(api, [(paths[image_of_text[t]], captions[t]) for t in firsts], os.path.join(out, "masks.png"))
+        except OSError as error:  # the figures are worth more
+            print(f"no picture of masks: {error}", file=sys.stderr)
     if config.data.foils is not None and split == "test":
         rows = data.read_json(config.data.foils)
         metrics["foils"] = foil_metrics(model, tokenize, rows, os.path.dirname(config.data.foils), config)
@@ -1086,16 +1093,36 @@ def load_for(task, path, device):
     return model, tokenizer, checkpoint
 
 
+def as_trained(config, checkpoint, model, overrides, path):
+    """config, with what the checkpoint at path says of its model, how texts are cut, and the precision.
+
+    overrides: of the command line; their precision goes before, and one that would change the model is an InputError.
+    """
+    asked, known, task = data.config_to_dict(config), checkpoint["config"], checkpoint["task"]
+    fixed = {name: known[name] for name in ("model", "method", task)}
+    for word in overrides:
+        section, _, name = word.partition("=")[0].partition(".")
+        counts = section in ("model", "method") or (section == task and name in ("image_size", "max_tokens"))
+        if counts and name and asked[section][name] != known[section][name]:
+            command = f"python train.py {task} --start {path} {task}.epochs=0 {word} --out NEW"
+            raise data.InputError(f"{path} has {section}.{name} {known[section][name]}; under another evaluates {command}")
+    fixed["model"] = fixed["model"] | {"image_size": model.encoders.vision.grid * model.encoders.vision.patch_size}
+    fixed["data"] = asked["data"] | {"max_words": known["data"]["max_words"]}
+    if not any(word.startswith("precision=") for word in overrides):
+        fixed["precision"] = known["precision"]
+    return data.config_from_dict(asked | fixed, path)
+
+
 def main(arguments):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], usage=__doc__.split("\n\n")[1])
     parser.add_argument("words", nargs="+", metavar="TASK|masks|table|curve|check key=value",
                         help="what to evaluate; settings to override")
-    parser.add_argument("--scale", default="scenes", help="scale of config.yaml (default: scenes)")
+    parser.add_argument("--scale", help="scale of config.yaml (default: scenes)")
     parser.add_argument("--checkpoint", help="folder or file (default: out/SCALE/TASK)")
     parser.add_argument("--image", help="masks: your own image")
     parser.add_argument("--text", help="masks: your own sentence")
     parser.add_argument("--split", default="test", choices=("val", "test"), help="split to evaluate on")
-    parser.add_argument("--out", help="masks: the PNG to write (default: masks.png or IMAGE_masks.png beside the checkpoint)")
+    parser.add_argument("--out", help="masks: the PNG to write (default: IMAGE_masks.png or scenes_masks.png beside it)")
     parser.add_argument("--record", action="store_true", help="check: write the figures of DIR... as the recorded ones")
     options = parser.parse_intermixed_args(arguments)
     overrides = [word for word in options.words if "=" in word]
@@ -1115,19 +1142,20 @@ def main(arguments):
         raise data.InputError(f"--out is for masks; the figures of {task} are printed, its answers lie beside the checkpoint")
     if options.image is not None and task != "masks":
         raise data.InputError(f"--image is for masks; {task} is evaluated on the files of its scale")
-    config = data.load_config(options.scale, overrides)
+    scale = options.scale or "scenes"
+    config = data.load_config(scale, overrides)
     join_processes(config)
-    if task != "masks" or options.image is None:  # one's own image needs no scenes
-        config = with_scenes(config)
-    path = options.checkpoint or os.path.join("out", options.scale, "pretrain" if task == "masks" else task)
+    path = options.checkpoint or os.path.join("out", scale, "pretrain" if task == "masks" else task)
     model, tokenizer, checkpoint = load_for("pretrain" if task == "masks" else task, path, resolve_device(config))
-    # the checkpoint says what the model is and, by its task's max_tokens, where texts are cut; the command line the rest
-    fixed = {name: checkpoint["config"][name] for name in ("model", "method", checkpoint["task"])}
-    fixed["model"] = fixed["model"] | {"image_size": model.encoders.vision.grid * model.encoders.vision.patch_size}
-    config = data.config_from_dict(data.config_to_dict(config) | fixed, path)
+    if options.image is None:  # one's own needs no scenes
+        if options.scale is None and checkpoint["config"]["scale"] != scale:
+            wanted = f"--scale {checkpoint['config']['scale']}, of its training, or --scale {scale}"
+            raise data.InputError(f"{path}: on the files of which scale? Give {wanted}")
+        config = with_scenes(config)
+    config = as_trained(config, checkpoint, model, overrides, path)
     folder = path if os.path.isdir(path) else os.path.dirname(path)
     if task == "masks":
-        name = "masks.png" if options.image is None else f"{os.path.splitext(os.path.basename(options.image))[0]}_masks.png"
+        name = f"{os.path.splitext(os.path.basename(options.image or 'scenes'))[0]}_masks.png"
         target = options.out or os.path.join(folder, name)
         if (options.image is None) != (options.text is None):
             raise data.InputError("masks: --image and --text go together; without both, scenes are drawn")
@@ -1136,7 +1164,7 @@ def main(arguments):
         if options.image is not None:
             pairs = [(options.image, options.text)]
         elif config.data.grounding_boxes is None:
-            raise data.InputError(f"masks: scale {options.scale} has no scenes; give --image and --text")
+            raise data.InputError(f"masks: scale {scale} has no scenes; give --image and --text")
         else:
             root = os.path.dirname(config.data.grounding_boxes)
             rows = data.read_json(config.data.grounding_boxes)[: config.eval.pictures]
@@ -1148,7 +1176,8 @@ def main(arguments):
     if lack := lacking(task, config, options.split):
         raise data.InputError(f"{lack}; name the file to evaluate on")
     if rank() == 0:
-        print(f"evaluated on {getattr(evaluation_files(task, config), options.split)} of scale {options.scale}", file=sys.stderr)
+        print(f"evaluated on {getattr(evaluation_files(task, config), options.split)} of scale {scale}, {config.precision}",
+              file=sys.stderr)
     if task == "pretrain":
         metrics = evaluate_pretrained(model, tokenizer, config, folder, options.split)
     else:

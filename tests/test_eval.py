@@ -331,6 +331,21 @@ def test_evaluation_repeats_the_figures_at_the_end_of_training(trained, tmp_path
     assert "step 120" in result.err and "seed 42" in result.err
 
 
+def test_scale_and_precision_of_a_run_of_another_scale(trained, tmp_path):
+    """Nor does a sheet that cannot be written cost the figures."""
+    checkpoint = torch.load(os.path.join(trained.out, "checkpoint.pt"))
+    checkpoint["config"] |= {"scale": "flickr8k", "precision": "bf16"}
+    torch.save(checkpoint, tmp_path / "checkpoint.pt")
+    (tmp_path / "masks.png" / "full").mkdir(parents=True)
+    command = ["eval.py", "pretrain", "--checkpoint", tmp_path, *trained.arguments]
+    assert "Give --scale flickr8k, of its training, or --scale scenes" in run(tmp_path, *command).error
+    result = run(tmp_path, *command, "--scale", "scenes")
+    assert result.status == 0 and "of scale scenes, bf16" in result.err and "no picture of masks: " in result.err, result.err
+    assert "retrieval, %" in result.out and "foils" in result.out
+    result = run(tmp_path, *command, "--scale", "scenes", "precision=float32", "eval.pictures=0")
+    assert "of scale scenes, float32" in result.err and result.out in trained.stdout
+
+
 def test_masks_of_scenes(trained, tmp_path):
     target = tmp_path / "sheet.png"
     result = run(tmp_path, "eval.py", "masks", "--checkpoint", trained.out, "--out", target, *trained.arguments)
@@ -370,6 +385,8 @@ def test_masks_of_an_image_of_ones_own(mode, size, name, text, words, trained, t
     (["dream"], "'dream' is none of pretrain, retrieval"),
     (["pretrain", "masks"], "'pretrain masks' is none of"),
     (["pretrain", "model.widht=3"], "model.widht is no setting"),
+    (["pretrain", "model.vision_width=64"], "has model.vision_width 32; under another evaluates python train.py pretrain"),
+    (["pretrain", "pretrain.image_size=64"], "has pretrain.image_size "),
     (["pretrain", "--checkpoint", "none"], "none: no such file, and no folder with best.pt or checkpoint.pt"),
     (["check", "none"], "none: no metrics.json there, which a run of train.py leaves"),
     (["curve", "none"], "none: no log.jsonl there, which a run of train.py leaves"),
