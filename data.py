@@ -510,7 +510,7 @@ FORMATS = {
 }
 TEXT_KEYS = {"vqa": "question", "nlvr2": "sentence", "entailment": "sentence", "grounding": "text"}  # else caption
 SHARD_TASKS = ("pretrain", "nlvr2_pretrain")  # their records need no more than an image and a caption
-SHARD_IMAGES = (".jpg", ".jpeg", ".png", ".webp")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
 
 class Records:
@@ -785,7 +785,7 @@ def index_shard(path, stamp):
                 if shard.offset < member.offset_data:  # tarfile would go back, and round for ever
                     raise tarfile.ReadError(f"a negative size at byte {member.offset}")
                 name, kind = os.path.splitext(member.name)
-                found = images if kind.lower() in SHARD_IMAGES else captions.get(kind)
+                found = images if kind.lower() in IMAGE_SUFFIXES else captions.get(kind)
                 if found is not None and member.isreg() and not member.issparse():
                     found[name] = {"image": member.name, "offset": member.offset_data, "size": member.size}
             shard.fileobj.seek(shard.offset)
@@ -875,7 +875,9 @@ def image_paths(record, task, files):
     if isinstance(record.get("image"), ShardImage):
         return [record["image"]]
     root = files.vg_image_root if task == "vqa" and record["dataset"] == "vg" else files.image_root
-    names = record["images"] if task == "nlvr2" else [record["image"] + ".jpg" * (task == "entailment")]
+    names = record["images"] if task == "nlvr2" else [record["image"]]
+    if task == "entailment":  # SNLI-VE's names have no suffix
+        names = [name if name.lower().endswith(IMAGE_SUFFIXES) else name + ".jpg" for name in names]
     return [join_image_path(root, name) for name in names]
 
 
@@ -1386,7 +1388,7 @@ class ImageDataset(Dataset):
         try:
             image = read_image(self.paths[index])
         except BadImage as error:
-            raise InputError(f"{error}; evaluation needs every image") from None
+            raise InputError(f"{error}; evaluation needs every image: mend it, and the same command goes on") from None
         return TF.pil_to_tensor(softmask.square(image, self.image_size))
 
 
@@ -1435,7 +1437,8 @@ def check(config, task):
         total += len(records) * training
         missing = [image for image in images if not os.path.exists(image)]
         left_out = f"; {records.left_out} samples without a caption left out" * bool(records.left_out)
-        print(f"{path}: {len(records)} records; {len(missing)} of {len(images)} images missing{left_out}")
+        state = f"{len(missing)} of {len(images)} images missing" if images else "images in the shards, not opened"
+        print(f"{path}: {len(records)} records; {state}{left_out}")
         for image in missing[:5]:
             print(f"  missing: {valid_text(image)}")
         found = found and not missing

@@ -80,7 +80,7 @@ class Attention(nn.Module):
         """What each of layers makes of x (B, L, D): (B, H, L, D / H) each. [ours]"""
         if not torch.is_autocast_enabled(x.device.type):
             return [self.split_heads(layer(x)) for layer in layers]
-        # autocast copies weights anyway: side by side they are one product, a third of the launches a GPU waits for
+        # autocast copies weights: side by side they are one product, a third of the launches a GPU waits for
         weight, bias = torch.cat([layer.weight for layer in layers]), torch.cat([layer.bias for layer in layers])
         return [self.split_heads(part) for part in F.linear(x, weight, bias).chunk(len(layers), -1)]
 
@@ -131,7 +131,7 @@ class GeluLinear(torch.autograd.Function):
 
 
 class Mlp(nn.Module):
-    """Two linear layers with a GELU (erf) between. [ALBEF] Copy with: GeluLinear."""
+    """Two linear layers, a GELU (erf) between. [ALBEF] Hooks on fc2 are not called. Copy with: GeluLinear."""
 
     def __init__(self, dim: int, hidden_dim: int):
         super().__init__()
@@ -569,7 +569,7 @@ def word_attention(attention, match_logit):
     """
     with torch.autocast(attention.device.type, enabled=False):  # which else takes the gradient in bf16
         (gradient,) = torch.autograd.grad(match_logit.sum(), attention, retain_graph=True)
-    return (attention * gradient.nan_to_num().clamp(0, 1e30)).mean(1)[:, :, 1:].detach()  # to (B, L, N)
+    return (attention * gradient.float().nan_to_num().clamp(0, 1e30)).mean(1)[:, :, 1:].detach()  # to (B, L, N)
 
 
 @torch.no_grad()
@@ -954,7 +954,7 @@ RANDAUGMENT_OPS = (*PHOTOMETRIC_OPS, *GEOMETRIC_OPS)  # [ALBEF] dataset/__init__
 
 
 def randaugment_op(image, name: str, sign: int):
-    """Apply one; sign 1 or -1: its direction. [ALBEF] Copy with: PHOTOMETRIC_OPS, GEOMETRIC_OPS, RANDAUGMENT_OPS."""
+    """Apply one to RGB; sign 1 or -1: direction. [ALBEF] Copy with: PHOTOMETRIC_OPS, GEOMETRIC_OPS, RANDAUGMENT_OPS."""
     if name in PHOTOMETRIC_OPS:
         return PHOTOMETRIC_OPS[name](image)
     if name not in GEOMETRIC_OPS:
@@ -987,7 +987,7 @@ def crop_box(width: int, height: int, crop_min_area: float, generator=None):
 
 
 def augment_image(image, size: int, crop_min_area: float, flip: bool, randaugment_ops: int, generator=None, box=None):
-    """Random resized crop, flip, and RandAugment: a PIL image to one of size x size. [ALBEF] dataset/__init__.py
+    """Random resized crop, flip, and RandAugment: an RGB PIL image to size x size. [ALBEF] dataset/__init__.py
 
     crop_min_area: least share of the area kept, 1 for the whole image, at aspect ratios from 3/4 to 4/3; flip: mirror
     it (the caller draws this, since the text needs flip_words too); randaugment_ops: how many are drawn, each applied
@@ -1041,7 +1041,7 @@ def clean_question(question: str, max_words: int) -> str:
 def load_tokenizer(name):
     """A BERT tokenizer, lower case: name is a vocab.txt, its folder, its entries, or on the hub; else ValueError."""
     from transformers import AutoTokenizer, BertTokenizer  # here, so that the rest of this module does without
-    name = os.path.join(name, "vocab.txt") if isinstance(name, str) and os.path.isdir(name) else name
+    name = f"{name}/vocab.txt" if isinstance(name, str) and os.path.isfile(f"{name}/vocab.txt") else name
     if not isinstance(name, str):
         entries, name = list(name), "vocabulary"
     elif os.path.isfile(name):

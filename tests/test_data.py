@@ -1021,7 +1021,7 @@ def test_check_counts_what_is_missing_and_cut(pairs, tmp_path, tokenizer, capsys
     shards = dataclasses.replace(files, pretrain_files=[write_shard(tmp_path / "0.tar", SAMPLES)], max_words=30)
     assert data.check(dataclasses.replace(config, data=shards), "pretrain")
     out = capsys.readouterr().out
-    assert "0.tar: 3 records; 0 of 0 images missing; 4 samples without a caption left out" in out
+    assert "0.tar: 3 records; images in the shards, not opened; 4 samples without a caption left out" in out
     assert "of 3 captions 0 are empty" in out
 
     write_json(tmp_path / "p.json", rows)
@@ -1071,8 +1071,11 @@ def test_load_nlvr2_and_entailment(pairs, tmp_path):
     loaded = data.load_nlvr2(write_json(tmp_path / "r.json", task_rows(rows, "nlvr2")), config)
     assert len(loaded) == 12 and [row["label"] for row in loaded[:4]] == [1, 0, 1, 0]
     assert loaded[1] == {"images": [f"{root}/1.png", f"{root}/11.png"], "text": "the left a dog", "label": 0}
-    loaded = data.load_entailment(write_json(tmp_path / "r.json", task_rows(rows, "entailment")), config)
+    entailment = task_rows(rows, "entailment")
+    entailment[2]["image"] = "2.PNG"
+    loaded = data.load_entailment(write_json(tmp_path / "r.json", entailment), config)
     assert len(loaded) == 12 and loaded[1] == {"image": f"{root}/1.jpg", "text": "a dog", "label": 1}
+    assert loaded[2]["image"] == f"{root}/2.PNG"
 
 
 def test_load_vqa_and_its_answers(pairs, tmp_path):

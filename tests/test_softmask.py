@@ -1452,6 +1452,17 @@ def test_the_gradient_of_word_attention_is_float32_under_bf16_autocast(monkeypat
     assert gradient.dtype == torch.float32 and not torch.equal(gradient, gradient.bfloat16().float())
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_word_attention_of_half_precision(dtype):
+    attention = randn(2, 2, 3, 5).to(dtype).requires_grad_()
+    slopes = randn(2, 2, 3, 5, seed=1)
+    slopes[0, 0, 0, 1] = math.inf
+    cam = softmask.word_attention(attention, (attention * slopes.to(dtype)).nan_to_num().float().sum((1, 2, 3)))
+    assert cam.dtype == torch.float32 and cam.isfinite().all()
+    expected = (attention.float() * slopes.clamp(0)).mean(1)[:, :, 1:]
+    assert_near(cam[1], expected[1].detach(), 0.02)
+
+
 # Augmentation
 
 ORDINARY = torch.arange(5, 1005)
@@ -1732,6 +1743,8 @@ def test_load_tokenizer_reads_a_list_a_file_and_a_folder(tmp_path):
         assert softmask.vocabulary(tokenizer) == VOCABULARY
         assert softmask.tokenize(tokenizer, ["red dogs"], 9)["input_ids"].tolist() == [[2, 6, 7, 9]]
         assert (tokenizer.pad_token_id, tokenizer.cls_token_id, tokenizer.mask_token_id) == (0, 2, 4)
+    tokenizer.save_pretrained(tmp_path / "saved")  # transformers 5 writes no vocab.txt
+    assert softmask.vocabulary(softmask.load_tokenizer(str(tmp_path / "saved"))) == VOCABULARY
 
 
 def test_a_tokenizer_of_the_hub_is_the_one_that_its_checkpoint_gives(monkeypatch):
