@@ -1395,8 +1395,9 @@ class ImageDataset(Dataset):
 def check(config, task):
     """Look through the files of a task and print what they hold.
 
-    Per annotation file: records, images that do not exist, texts that are empty or cut, word pieces that the vocabulary
-    lacks; of VQA the share of the answers in the list that is ranked, of grounding the expressions without proposals.
+    Per annotation file: records, images that are missing or empty, texts that are empty or cut, word pieces that the
+    vocabulary lacks; of VQA the share of the answers in the list that is ranked, of grounding the expressions without
+    proposals.
     Pre-training's evaluation is zero-shot retrieval. Returns True when nothing is missing, malformed or too little to
     train on. config: Config after resolve_scenes.
     """
@@ -1414,6 +1415,10 @@ def check(config, task):
             found = False
     try:
         tokenizer = softmask.load_tokenizer(data.tokenizer)
+        entries = softmask.vocabulary(tokenizer)
+        cased = sum(entry != entry.lower() and entry[:1] != "[" for entry in entries)
+        if cased > len(entries) / 10:
+            print(f"data.tokenizer: {cased} of {len(entries)} entries have capitals, which no text has here; take an uncased one")
     except ValueError as error:
         print(f"data.tokenizer: {error}")
         tokenizer, found = None, False
@@ -1435,12 +1440,12 @@ def check(config, task):
             found = False
             continue
         total += len(records) * training
-        missing = [image for image in images if not os.path.exists(image)]
+        missing = [image for image in images if not os.path.isfile(image) or not os.path.getsize(image)]
         left_out = f"; {records.left_out} samples without a caption left out" * bool(records.left_out)
-        state = f"{len(missing)} of {len(images)} images missing" if images else "images in the shards, not opened"
+        state = f"{len(missing)} of {len(images)} images missing or empty" if images else "images in the shards, not opened"
         print(f"{path}: {len(records)} records; {state}{left_out}")
         for image in missing[:5]:
-            print(f"  missing: {valid_text(image)}")
+            print(f"  missing or empty: {valid_text(image)}")
         found = found and not missing
         generator = torch.Generator().manual_seed(hash63("check", config.seed))
         order = torch.randperm(len(records), generator=generator)[:MAX_CHECKED_TEXTS].tolist()

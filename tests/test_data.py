@@ -1030,14 +1030,19 @@ def test_check_counts_what_is_missing_and_cut(pairs, tmp_path, tokenizer, capsys
     pretrain = dataclasses.replace(config.pretrain, max_tokens=3)
     assert not data.check(dataclasses.replace(config, data=files, pretrain=pretrain), "pretrain")
     out = capsys.readouterr().out
-    assert "1 of 12 images missing" in out and f"  missing: {root}/none.png" in out
-    assert "1 are empty, 0.0% cut at 30 words, 91.7% cut at 3 tokens" in out
+    assert "1 of 12 images missing" in out and f"  missing or empty: {root}/none.png" in out
+    assert "1 are empty, 0.0% cut at 30 words, 91.7% cut at 3 tokens" in out and "capitals" not in out
     assert f"{evaluation}: not JSON" in out and f"data.foils: {tmp_path}/foils.json is missing" in out
     files = dataclasses.replace(files, tokenizer=str(tmp_path / "none.txt"))
+    open(f"{root}/11.png", "w").close()
     assert not data.check(dataclasses.replace(config, data=files), "pretrain")  # the files are looked through all the same
     out = capsys.readouterr().out
-    assert f"data.tokenizer: tokenizer '{tmp_path}/none.txt': no such file" in out and "1 of 12 images missing" in out
+    assert f"data.tokenizer: tokenizer '{tmp_path}/none.txt': no such file" in out and "2 of 12 images missing" in out
     assert "1 are empty, 0.0% cut at 30 words\n" in out and "tokens" not in out
+    (tmp_path / "cased.txt").write_text("\n".join([*VOCABULARY, "Hund", "Katze", "Haus", "Baum"]))
+    files = dataclasses.replace(files, tokenizer=str(tmp_path / "cased.txt"))
+    assert not data.check(dataclasses.replace(config, data=files), "pretrain")
+    assert f"data.tokenizer: 4 of {len(VOCABULARY) + 4} entries have capitals" in capsys.readouterr().out
 
 
 def test_check_finds_what_training_would_refuse_or_learn_nothing_from(pairs, tmp_path, capsys):
@@ -1305,7 +1310,7 @@ def test_check_of_the_other_tasks(pairs, tmp_path, tokenizer, capsys):
     assert "of 12 sentences 0 are empty" in capsys.readouterr().out
     assert not data.check(config, "entailment")
     out = capsys.readouterr().out
-    assert "12 of 12 images missing" in out and f"  missing: {root}/0.jpg" in out
+    assert "12 of 12 images missing" in out and f"  missing or empty: {root}/0.jpg" in out
     write_json(tmp_path / "vqa1.json", task_rows(rows, "vqa")[:2] * 2)
     assert not data.check(config, "vqa") and "question_id 0 was there before" in capsys.readouterr().out
     write_json(tmp_path / "answers.json", [])

@@ -988,7 +988,7 @@ def test_check_counts_and_names_what_is_missing(own_files, tmp_path):
     settings = [setting for setting in own_files[0] if setting != NO_EVALUATION]
     result = run(tmp_path, "train.py", "check", "pretrain", *settings)
     assert result.status == 1 and "rows.json: 48 records; 1 of 48 images missing" in result.out
-    assert f"missing: {own_files[2] / '9.jpg'}" in result.out and "2 are empty" in result.out
+    assert f"missing or empty: {own_files[2] / '9.jpg'}" in result.out and "2 are empty" in result.out
     result = run(tmp_path, "train.py", "check", *TINY, NO_EVALUATION)
     assert result.status == 1 and "none.json: cannot be read" in result.out
     assert not os.path.exists(tmp_path / "out")
