@@ -199,7 +199,7 @@ def test_evaluation_cuts_texts_where_the_run_cut_them_and_says_what_it_reads(run
     assert figures and f"test:\n{figures}" in result.out, again.err
     said, read = again.err.splitlines()
     assert "retrieval_train.json of scale scenes" in said
-    assert read.startswith("evaluated on ") and read.endswith("retrieval_test.json of scale scenes")
+    assert read.startswith("evaluated on ") and read.endswith("retrieval_test.json of scale scenes, float32")
 
 
 def test_figures_of_a_file_that_is_trained_on_are_told_from_others(runs, tmp_path):
