@@ -1100,13 +1100,13 @@ def as_trained(config, checkpoint, model, overrides, path):
     """
     asked, known, task = data.config_to_dict(config), checkpoint["config"], checkpoint["task"]
     fixed = {name: known[name] for name in ("model", "method", task)}
+    fixed["model"] = fixed["model"] | {"image_size": model.encoders.vision.grid * model.encoders.vision.patch_size}
     for word in overrides:
         section, _, name = word.partition("=")[0].partition(".")
         counts = section in ("model", "method") or (section == task and name in ("image_size", "max_tokens"))
-        if counts and name and asked[section][name] != known[section][name]:
+        if counts and name and asked[section][name] != fixed[section][name]:
             command = f"python train.py {task} --start {path} {task}.epochs=0 {word} --out NEW"
-            raise data.InputError(f"{path} has {section}.{name} {known[section][name]}; under another evaluates {command}")
-    fixed["model"] = fixed["model"] | {"image_size": model.encoders.vision.grid * model.encoders.vision.patch_size}
+            raise data.InputError(f"{path} has {section}.{name} {fixed[section][name]}; under another evaluates {command}")
     fixed["data"] = asked["data"] | {"max_words": known["data"]["max_words"]}
     if not any(word.startswith("precision=") for word in overrides):
         fixed["precision"] = known["precision"]

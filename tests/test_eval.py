@@ -488,14 +488,15 @@ def test_recorded_figures_are_of_the_present_settings(tmp_path):
 # Curves
 
 
-def test_curve_of_runs_with_other_fields(tmp_path):
+def test_curve_of_runs_with_other_fields(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # the picture says the runs' names, and its few colours depend on their length
     fields = {"a": [{"loss_itc": 8.0, "loss_soft_itm": 0.5}, {"loss_itc": 2.0, "loss_soft_itm": 0.5}],
               "b": 2 * [{"loss_itc": 4.0, "txt_r1": 3.0, "img_r1": 4.0}]}
     for name, lines in fields.items():
         (tmp_path / name).mkdir()
         lines = [json.dumps({"step": i + 1, "pairs": 32 * i + 32} | line) + "\n" for i, line in enumerate(lines)]
         (tmp_path / name / "log.jsonl").write_text("".join(lines))
-    evaluation.curve([str(tmp_path / name) for name in fields])
+    evaluation.curve(list(fields))
     with Image.open(tmp_path / "a" / "curve.png") as picture:
         pixels = picture.convert("RGB")
     # between two lines of the log: (x, y) halfway, from a plot of 380 x 220 pixels below and right of (50 or 500, 35)
