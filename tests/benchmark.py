@@ -178,6 +178,8 @@ class Steps:
             "word_ids": (torch.arange(task.max_tokens) - 1).repeat(task.batch_size, 1),
             "image_ids": torch.arange(task.batch_size),
         }
+        if device.type == "cuda":  # as the loader's are
+            self.batch = {name: values.pin_memory() for name, values in self.batch.items()}
         self.run = types.SimpleNamespace(  # in the place of train.Run: logs nothing, saves nothing
             step=0, steps_per_epoch=1, task_name="pretrain", checkpoint_file="none",
             special=(4, torch.arange(5, vocab_size, device=device)),  # [MASK] and the ordinary tokens
