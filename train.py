@@ -76,8 +76,7 @@ FREE_KEYS = {"accumulation", "test", "train", "pretrain_files", "nlvr2_pretrain_
              "pretrain_image_root"}
 # Settings of data and eval that are not named after a task, yet read by the training of these alone, or by their choice of
 # the best epoch.
-READERS = {"retrieval_sets": ("retrieval",), "top_k": ("retrieval",), "answers_top_k": ("vqa",), **dict.fromkeys(
-    ("pretrain_files", "nlvr2_pretrain_files", "pretrain_image_root"), ("pretrain", "nlvr2_pretrain"))}
+READERS = {"retrieval_sets": ("retrieval",), "top_k": ("retrieval",), "answers_top_k": ("vqa",)}
 
 
 def lr_at(step: int, total_steps: int, task) -> float:
