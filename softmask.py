@@ -1373,8 +1373,8 @@ def checkpoint_path(path) -> str:
 def read_checkpoint(path) -> dict:
     """A checkpoint that train.py wrote, a plain dict; ValueError where the file at path is none."""
     checkpoint = read_dict(path)
-    if not {"model", "config", "vocab", "step", "task"} <= checkpoint.keys():
-        raise ValueError(f"{path} was not written by train.py: it lacks model, config, vocab, step or task")
+    if lack := ", ".join(sorted({"model", "config", "vocab", "step", "task"} - checkpoint.keys())):
+        raise ValueError(f"{path} was not written by train.py: it lacks {lack}; ALBEF's are for train.py --start")
     return checkpoint
 
 

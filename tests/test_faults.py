@@ -577,7 +577,7 @@ def payload(checkpoint, folder):
 
 
 UNSAFE = "checkpoint.pt is no checkpoint that can be read safely"
-LACKS = "checkpoint.pt was not written by train.py: it lacks model, config, vocab, step or task"
+LACKS = "checkpoint.pt was not written by train.py: it lacks model; ALBEF's are for train.py --start"
 NONE = "no such file, and no folder with best.pt or checkpoint.pt"
 CHECKPOINTS = {  # what each of resume, --start, eval.py and from_pretrained says; "": it takes it
     newer: ("method.sharper: 1.5 then, None now", "", "checkpoint.pt: method.sharper is no setting; the nearest is", ""),

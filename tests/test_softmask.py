@@ -1950,7 +1950,7 @@ def test_checkpoints_that_cannot_be_read(tmp_path):
         with pytest.raises(ValueError, match="bad.pt"):
             softmask.from_pretrained(tmp_path / "bad.pt")
     torch.save({"model": {}}, tmp_path / "albef.pt")
-    with pytest.raises(ValueError, match="albef.pt was not written by train.py"):
+    with pytest.raises(ValueError, match="it lacks config, step, task, vocab; .* train.py --start"):
         softmask.from_pretrained(tmp_path / "albef.pt")
     write_checkpoint(tmp_path / "other.pt", make_model(seed=1))  # the vocabulary is shorter than the embedding
     with pytest.raises(ValueError, match=r"text.embeddings.word.weight has shape \(30, 24\)"):
