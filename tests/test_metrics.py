@@ -240,6 +240,7 @@ def test_table_groups_seeds_and_pairs_runs_that_differ_in_one_setting(tmp_path, 
     write_run(tmp_path / "c", 1, 7.0, focal_gamma=0.0)
     write_run(tmp_path / "d", 2, 9.0, focal_gamma=0.0)
     write_run(tmp_path / "e", 3, 1.0, focal_gamma=0.0, soft_mask=False)  # shares its seed with none
+    write_run(tmp_path / "x" / "copy", 1, 10.0)  # counts once
     evaluation.main(["table", str(tmp_path / "x"), *(str(tmp_path / name) for name in "cde")])
     assert capsys.readouterr().out.splitlines() == [
         "pretrain",

@@ -221,6 +221,15 @@ def test_questions_without_answers_are_answered_and_not_judged(runs, tmp_path):
     assert [row["question_id"] for row in json.loads(answers.read_text())] == [row["question_id"] for row in rows]
 
 
+def test_answers_that_cannot_be_written_cost_no_figures(runs, tmp_path):
+    shutil.copy(runs.out / "vqa" / "best.pt", tmp_path)
+    (tmp_path / "answers_test.json").mkdir()
+    result = run(tmp_path, "eval.py", "vqa", "--checkpoint", tmp_path, *runs.arguments)
+    assert result.status == 0 and "no answers for the server: " in result.err, result.err
+    figures = json.loads((runs.out / "vqa" / "metrics.json").read_text())["metrics"]["test"]
+    assert evaluation.format_metrics(figures) in result.out
+
+
 def test_finished_run_gives_its_figures_again(runs):
     before = (runs.out / "vqa" / "metrics.json").read_text()
     result = run(runs.folder, "train.py", "vqa", *runs.arguments, cwd=runs.folder)
