@@ -16,10 +16,10 @@ torch.set_num_threads(1)  # the tensors of the tests are small: threads would on
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory):
-    """A run of 120 small steps, by the command as users type it: out, arguments, stdout, stderr."""
+    """A run of 60 small steps, by the command as users type it: out, arguments, stdout, stderr."""
     out = str(tmp_path_factory.mktemp("trained"))
-    arguments = [*commands.TINY, "log_every_steps=20", "checkpoint_every_steps=60", "eval_every_steps=60",
-                 "pretrain.epochs=10", "pretrain.lr=5e-3", "pretrain.warmup_steps=10"]
+    arguments = [*commands.TINY, "log_every_steps=10", "checkpoint_every_steps=30", "eval_every_steps=30",
+                 "pretrain.epochs=5", "pretrain.lr=5e-3", "pretrain.warmup_steps=10"]
     command = [sys.executable, "train.py", "pretrain", "--out", out, *arguments]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     result = subprocess.run(command, cwd=data.HERE, env=environment, capture_output=True, text=True, timeout=300)

@@ -328,7 +328,7 @@ def test_evaluation_repeats_the_figures_at_the_end_of_training(trained, tmp_path
     assert result.status == 0, result.err
     table = trained.stdout[trained.stdout.index("retrieval, %") : trained.stdout.index("all of it in")]
     assert table == result.out
-    assert "step 120" in result.err and "seed 42" in result.err
+    assert "step 60" in result.err and "seed 42" in result.err
 
 
 def test_scale_and_precision_of_a_run_of_another_scale(trained, tmp_path):
@@ -429,7 +429,7 @@ def runs(tmp_path, trained):
 
 def test_check_is_exact_on_a_recorded_platform(runs, capsys):
     write, record = runs
-    same = write("same", 3, 23.0, num_workers=4, checkpoint_every_steps=60)
+    same = write("same", 3, 23.0, num_workers=4, checkpoint_every_steps=3)
     run = json.loads((same / "metrics.json").read_text())
     run["metrics"]["pointing"]["texture"] = {"hit_own": 1.0}  # a figure that was not recorded
     (same / "metrics.json").write_text(json.dumps(run))
@@ -465,7 +465,7 @@ def test_check_refuses_other_settings_and_too_few_runs(runs, tmp_path, trained):
     result = run(tmp_path, "eval.py", "check", trained.out)  # against the quick start's
     assert f"{trained.out} is a run under other settings than the recorded: " in result.error
     steps = data.read_json(evaluation.RECORD)["settings"]["step"]
-    assert f"step: {steps} recorded, 120 here" in result.error
+    assert f"step: {steps} recorded, 60 here" in result.error
 
 
 @pytest.mark.parametrize("runs, t", evaluation.STUDENT.items())
@@ -507,7 +507,7 @@ def test_curve_of_runs_with_other_fields(tmp_path, monkeypatch):
 
 def test_curve_of_a_run(trained, tmp_path):
     log = commands.read_log(trained.out)
-    assert [line["step"] for line in log if "txt_r1" in line] == [60, 120]
+    assert [line["step"] for line in log if "txt_r1" in line] == [30, 60]
     result = run(tmp_path, "eval.py", "pretrain", "--checkpoint", trained.out, "--split", "val", *trained.arguments)
     assert "word attention" not in result.out and "foils" not in result.out  # whose files are of test
     by_itc = result.out.splitlines()[1].split()  # by ITC, then txt_r1 to img_r10

@@ -4,6 +4,7 @@ import errno
 import functools
 import json
 import math
+import multiprocessing
 import os
 import re
 import shutil
@@ -473,6 +474,15 @@ def test_a_loader_worker_without_memory_says_what_to_change(fault, fails, tmp_pa
     assert line.startswith("out of memory (DataLoader worker (pid 7)") and line.endswith("--shm-size")
 
 
+@pytest.fixture
+def no_workers():
+    """Ends loader workers that an error left, as train.py does: their loader's end, at any time later, waits for them."""
+    yield
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's raises an error for each
+    for worker in multiprocessing.active_children():
+        worker.kill()
+
+
 @pytest.mark.parametrize("in_worker, fault, said", [
     (False, allocate, "allocate memory: you tried to allocate 1152921504606846976 bytes"),
     (True, allocate, "allocate memory: you tried to allocate 1152921504606846976 bytes"),
@@ -480,7 +490,7 @@ def test_a_loader_worker_without_memory_says_what_to_change(fault, fails, tmp_pa
     (False, refused_fork, "Cannot allocate memory"),
     (True, no_memory, "MemoryError"),
 ])
-def test_out_of_memory_says_what_to_lower(in_worker, fault, said, fails, tmp_path, monkeypatch):
+def test_out_of_memory_says_what_to_lower(in_worker, fault, said, fails, no_workers, tmp_path, monkeypatch):
     monkeypatch.setattr(*((data, "_collate") if in_worker else (train, "task_losses")), fault)
     line = fails(start, "--out", tmp_path, *SETTINGS, f"num_workers={int(in_worker)}")
     assert re.match(r"out of memory \(.*\); lower batch_size, and raise accumulation instead, or set checkpointing=true", line)
