@@ -25,7 +25,7 @@ Index
   MlmHead, AnswerDecoder            masked words; answers of VQA      [ALBEF] xbert.py BertForMaskedLM, BertLMHeadModel
   Encoders                          everything that has a twin        [paper] Fig. 2
   write_queue, TaskModel            queues, momentum distillation     [ALBEF] models/model_pretrain.py
-  focal_itc_loss                    focal loss for ITC                [paper] abstract; caption of Fig. 2: Section 3
+  focal_itc_loss                    focal loss for ITC                [paper] abstract
   hard_negatives, itm_loss          image-text matching               [ALBEF] models/model_pretrain.py
   mlm_loss                          masked words, distilled           [ALBEF] models/xbert.py
   words_loss                        for a ViT that starts fresh       [ours]
@@ -126,7 +126,7 @@ class GeluLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         (x, weight), rows = ctx.saved_tensors, grad.flatten(0, -2)  # (..., D) -> (tokens, D)
-        weight_grad = rows.T @ F.gelu(x).flatten(0, -2)  # first: GELU's output, which is large, is gone after it
+        weight_grad = rows.T @ F.gelu(x).flatten(0, -2).to(grad.dtype)  # first: then GELU's output, large, is gone
         return torch.ops.aten.gelu_backward(grad @ weight.to(grad.dtype), x), weight_grad, rows.sum(0)
 
 
@@ -217,7 +217,7 @@ def init_weights(module, std: float):
     """Fresh weights from N(0, std), biases 0. [ALBEF] has 0.02; text_init_std and the ViT's width^-0.5: [ours]"""
     if isinstance(module, (nn.Linear, nn.Conv2d, nn.Embedding)):
         nn.init.trunc_normal_(module.weight, std=std)
-    if isinstance(module, (nn.Linear, nn.Conv2d)):
+    if isinstance(module, (nn.Linear, nn.Conv2d)) and module.bias is not None:
         nn.init.zeros_(module.bias)
 
 
@@ -528,8 +528,8 @@ def distilled_cross_entropy(logits, logits_m, labels, alpha):
 
 
 def mlm_loss(logits, logits_m, labels, alpha):
-    """Mean loss of the M masked positions, 0 if M is 0; logits (M, V). [ALBEF] Copy with: distilled_cross_entropy."""
-    return distilled_cross_entropy(logits, logits_m, labels, alpha).sum() / max(len(labels), 1)
+    """Mean over the masked positions, labels not -100; 0 without one. [ALBEF] Copy with: distilled_cross_entropy."""
+    return distilled_cross_entropy(logits, logits_m, labels, alpha).sum() / (labels != -100).sum().clamp_min(1)
 
 
 def words_loss(logits, input_ids, word_ids, sharpness: float = 5.0):
@@ -690,7 +690,7 @@ class PretrainModel(TaskModel):
         image (B, 3, S, S), normalised, distorted; input_ids, attention_mask, word_ids (B, L): of tokenize; masked_ids,
         mlm_labels (B, L): of mask_text; image_ids (B,), or None: each pair its own; alpha: weight of twin's targets.
         clean_image (B, 3, S, S), normalised, undistorted: the twin reads it and clean text, masked text for MLM alone;
-        None: it reads what the student reads [ours: the paper's way is unknown].
+        None: it reads what the student reads [ours: the paper's way is unknown]. Not under no_grad with a soft mask.
         """
         student, twin = self.encoders, self.encoders_m
         own, masked = torch.arange(len(image), device=image.device), mlm_labels != -100
@@ -711,7 +711,7 @@ class PretrainModel(TaskModel):
         # Focal ITC, before fusion
         ids = own if image_ids is None else image_ids
         different = ids[:, None] != ids[None]  # (B, B)
-        queues = self.image_queue[:filled], self.text_queue[:filled]
+        queues = self.image_queue[:filled].float(), self.text_queue[:filled].float()
         positives = None if image_ids is None else ids[:, None] == torch.cat([ids, self.queue_ids[:filled]])[None]
         loss_itc, sim_i2t, sim_t2i = focal_itc_loss(
             image_feat, text_feat, image_feat_m, text_feat_m, *queues, self.temp, alpha, self.focal_gamma, positives
@@ -898,9 +898,9 @@ def build_model(task: str, vocab_size: int, model: dict, method: dict):
 def mask_text(input_ids, word_ids, mask_id: int, ordinary_ids, probability, random_replacement: bool, generator=None):
     """Mask tokens for MLM: 80 % [MASK], 10 % a random token, 10 % unchanged. [ALBEF], after BERT
 
-    input_ids, word_ids (B, L): see tokenize; ordinary_ids (n,): the vocabulary without special tokens, which are not
-    masked, nor drawn [ours; ALBEF draws them]. probability in [0, 1], each token on its own; random_replacement False:
-    [MASK] in every case. Returns masked_ids (B, L) and mlm_labels (B, L): the id hidden, -100 where nothing is.
+    input_ids, word_ids (B, L): see tokenize; each token of a word is masked on its own, with probability in [0, 1].
+    ordinary_ids (n,): the random ones, all but special tokens [ours; ALBEF: all]; random_replacement False: [MASK] in
+    every case. Returns masked_ids (B, L) and mlm_labels (B, L): the id hidden, -100 where nothing is.
     """
     shape, device = input_ids.shape, input_ids.device
     chosen = (torch.rand(shape, generator=generator, device=device) < probability) & (word_ids >= 0)
@@ -913,12 +913,13 @@ def mask_text(input_ids, word_ids, mask_id: int, ordinary_ids, probability, rand
 def distort_images(images, brightness, contrast, blur, hue, grayscale, generator=None):
     """Render distortions on a batch. [paper] abstract names "rendering distortions on images"; which ones: [ours]
 
-    images (B, 3, S, S) float32 in [0, 1]; each image has its own draws. brightness, contrast: a factor from
-    [1 - x, 1 + x]; blur: probability of a Gaussian blur, sigma from 0.1 pixels to 1/128 of the side; hue: a turn of the
-    colour wheel from [-x, x], x at most 0.5; grayscale: a probability. 0 leaves that distortion out.
+    images (B, 3, S, S), uint8 or float in [0, 1] -> float32 in [0, 1]; each has its own draws. brightness, contrast: a
+    factor from [1 - x, 1 + x]; blur: probability of a Gaussian blur, sigma from 0.1 pixels to 1/128 of the side; hue: a
+    turn of the colour wheel from [-x, x], x at most 0.5; grayscale: a probability. 0 leaves that distortion out.
     """
     def draw(low, high):
         return low + (high - low) * torch.rand((len(images), 1, 1, 1), generator=generator, device=images.device)
+    images = TF.to_dtype(images, scale=True)
     if brightness:
         images = (images * draw(1 - brightness, 1 + brightness)).clamp(0, 1)
     if contrast:
@@ -989,7 +990,7 @@ def crop_box(width: int, height: int, crop_min_area: float, generator=None):
 def augment_image(image, size: int, crop_min_area: float, flip: bool, randaugment_ops: int, generator=None, box=None):
     """Random resized crop, flip, and RandAugment: an RGB PIL image to size x size. [ALBEF] dataset/__init__.py
 
-    crop_min_area: least share of the area kept, 1 for the whole image, at aspect ratios from 3/4 to 4/3; flip: mirror
+    crop_min_area: least share of the area kept (of long images less), 1: all, at ratios from 3/4 to 4/3; flip: mirror
     it (the caller draws this, since the text needs flip_words too); randaugment_ops: how many are drawn, each applied
     half the time; box: a crop as of crop_box, where it is drawn already. Copy with: uniform, crop_box, PHOTOMETRIC_OPS,
     GEOMETRIC_OPS, RANDAUGMENT_OPS, randaugment_op.
@@ -1039,15 +1040,14 @@ def clean_question(question: str, max_words: int) -> str:
 
 
 def load_tokenizer(name):
-    """A BERT tokenizer, lower case: name is a vocab.txt, its folder, its entries, or on the hub; else ValueError."""
+    """Lower-casing, of BERT's vocab.txt, its folder, entries, or name on the hub; ValueError. Copy with: vocabulary."""
     from transformers import AutoTokenizer, BertTokenizer  # here, so that the rest of this module does without
-    name = f"{name}/vocab.txt" if isinstance(name, str) and os.path.isfile(f"{name}/vocab.txt") else name
-    if not isinstance(name, str):
+    if not isinstance(name, (str, os.PathLike)):
         entries, name = list(name), "vocabulary"
-    elif os.path.isfile(name):
-        with open(name, encoding="utf-8-sig") as file:
+    elif os.path.isfile(path := f"{name}/vocab.txt") or os.path.isfile(path := name):
+        with open(path, encoding="utf-8-sig") as file:
             entries = [line.rstrip("\n") for line in file]
-    elif name.endswith(".txt"):  # no name on the hub, where a look-up may take minutes
+    elif str(name).endswith(".txt"):  # no name on the hub, where a look-up may take minutes
         raise ValueError(f"tokenizer {name!r}: no such file")
     else:
         try:
@@ -1118,13 +1118,13 @@ TASK_PARTS = ("temp", "itm_head", "ta_head", "encoders.cls_head", "encoders.deco
 
 
 def task_part(key: str) -> str | None:
-    """The one of TASK_PARTS that a parameter belongs to, or None."""
+    """The one of TASK_PARTS that a parameter belongs to, or None. Copy with: TASK_PARTS."""
     name = key.replace("encoders_m.", "encoders.")
     return next((part for part in TASK_PARTS if name == part or name.startswith(part + ".")), None)
 
 
 def rename_albef(state: dict, text_layers: int) -> dict:
-    """A state under ALBEF's names -> ours; text_layers: BERT layers below the fusion encoder. [ALBEF]"""
+    """ALBEF's names -> ours; text_layers: below fusion. Copy with: NOT_OURS, ALBEF_VISION_NAMES, ALBEF_TEXT_NAMES."""
     renamed = {}
     for key, tensor in state.items():
         if NOT_OURS.search(key):
@@ -1315,7 +1315,7 @@ class Pretrained:
         """image_embeds (1, 1 + N, D) of a PIL image of 8 bits a channel, which is turned as its EXIF says."""
         vision, image = self.encoders.vision, ImageOps.exif_transpose(image).convert("RGB")
         pixels = TF.to_dtype(TF.to_image(square(image, vision.grid * vision.patch_size)), scale=True)
-        return self.encoders.encode_image(normalize(pixels[None].to(self.model.temp.device)))
+        return self.encoders.encode_image(normalize(pixels[None].to(self.model.temp)))  # its device and dtype
 
     @torch.no_grad()
     def text_embeds(self, text):
@@ -1351,7 +1351,7 @@ class Pretrained:
         """The text's words, and of each G over the image, (words, h, w) float32; attention_layer None: the model's."""
         layer = self.model.attention_layer if attention_layer is None else attention_layer
         check_attention_layer(layer, len(self.encoders.fusion.layers))
-        with torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad():
             logits, attention, tokens = self.match_pass(image, text, layer)
             cam = word_attention(attention, logits[:, 1])[0]  # (L, N)
         pieces = self.tokenizer.convert_ids_to_tokens(tokens["input_ids"][0].tolist())
@@ -1371,7 +1371,7 @@ def checkpoint_path(path) -> str:
 
 
 def read_checkpoint(path) -> dict:
-    """A checkpoint that train.py wrote, a plain dict; ValueError where the file at path is none."""
+    """A checkpoint that train.py wrote, a plain dict; ValueError where path is none. Copy with: read_dict."""
     checkpoint = read_dict(path)
     if lack := ", ".join(sorted({"model", "config", "vocab", "step", "task"} - checkpoint.keys())):
         raise ValueError(f"{path} was not written by train.py: it lacks {lack}; ALBEF's are for train.py --start")
