@@ -1040,7 +1040,7 @@ def clean_question(question: str, max_words: int) -> str:
 
 
 def load_tokenizer(name):
-    """Lower-casing, of BERT's vocab.txt, its folder, entries, or name on the hub; ValueError. Copy with: vocabulary."""
+    """Lower-case BERT tokenizer of a vocab.txt, its folder, entries or hub name; ValueError. Copy with: vocabulary."""
     from transformers import AutoTokenizer, BertTokenizer  # here, so that the rest of this module does without
     if not isinstance(name, (str, os.PathLike)):
         entries, name = list(name), "vocabulary"

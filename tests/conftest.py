@@ -1,14 +1,10 @@
 """What tests of several files share: one small run on the scenes, and files of the paper's scale."""
-import os
-import subprocess
-import sys
 import types
 
 import pytest
 import torch
 
 import commands
-import data
 import paper
 
 torch.set_num_threads(1)  # the tensors of the tests are small: threads would only wait for each other
@@ -20,11 +16,9 @@ def trained(tmp_path_factory):
     out = str(tmp_path_factory.mktemp("trained"))
     arguments = [*commands.TINY, "log_every_steps=10", "checkpoint_every_steps=30", "eval_every_steps=30",
                  "pretrain.epochs=5", "pretrain.lr=5e-3", "pretrain.warmup_steps=10"]
-    command = [sys.executable, "train.py", "pretrain", "--out", out, *arguments]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, cwd=data.HERE, env=environment, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr
-    return types.SimpleNamespace(out=out, arguments=arguments, stdout=result.stdout, stderr=result.stderr)
+    result = commands.run(tmp_path_factory.mktemp("output"), "train.py", "pretrain", "--out", out, *arguments)
+    assert result.status == 0, result.err
+    return types.SimpleNamespace(out=out, arguments=arguments, stdout=result.out, stderr=result.err)
 
 
 @pytest.fixture(scope="session")
