@@ -83,7 +83,7 @@ def lr_at(step: int, total_steps: int, task) -> float:
     """Learning rate of a step, from 0: linear warm-up from warmup_lr, then a cosine from lr to min_lr. [ALBEF]
 
     Both move at every step [ours]; ALBEF's warm-up moves once in 100 steps, its cosine once an epoch, after a first epoch
-    at lr: a higher mean rate, by 2 % in pre-training, by a tenth to a third in fine-tuning.
+    at lr: a higher mean rate, by 2 % in pre-training, by 7 % to a third in fine-tuning.
     """
     if step < task.warmup_steps:
         return task.warmup_lr + (task.lr - task.warmup_lr) * step / task.warmup_steps
