@@ -397,7 +397,27 @@ def test_checkpointing_changes_no_bit(plain_losses, monkeypatch):
     assert len(calls) > 50
 
 
-def test_compilation_changes_rounding_alone(plain_losses, monkeypatch):
+@pytest.fixture(scope="module")
+def compiled_runs(tmp_path_factory):
+    """Pre-training and VQA, which end where an encoder's forms are too many to be compiled; begun a test before their own,
+    which leaves a core to them."""
+    folder = tmp_path_factory.mktemp("compiled")
+    program = folder / "program.py"
+    program.write_text(
+        "import sys, torch, train\n"
+        "compiled = torch.compile\n"
+        "torch.compile = lambda f, **k: compiled(f, backend='eager', **k)\n"
+        "torch._dynamo.config.fail_on_recompile_limit_hit = True\n"  # without it they go on uncompiled
+        "train.main(sys.argv[1:])\n"
+    )
+    settings = [*TINY, *FEW_LAYERS, "vqa.start=null", "compile=true"]
+    commands = [Command(folder, program, task, "--out", folder / task, *settings) for task in ("pretrain", "vqa")]
+    yield commands
+    for command in commands:
+        command.kill()
+
+
+def test_compilation_changes_rounding_alone(plain_losses, compiled_runs, monkeypatch):
     """With the compiler's own backend where PAPER_SCALE is set: that takes minutes and a C++ compiler.
 
     What is compiled under checkpointing serves without it, too, since the code is the same: half the time.
@@ -410,18 +430,8 @@ def test_compilation_changes_rounding_alone(plain_losses, monkeypatch):
         assert len(graphs) == runs * (2 * (1 + 1 + 2) - 1)  # of model and twin, less the layer of the word attention
 
 
-def test_encoders_stay_compiled_through_training_and_evaluation(tmp_path):
-    program = tmp_path / "program.py"
-    program.write_text(
-        "import sys, torch, train\n"
-        "compiled = torch.compile\n"
-        "torch.compile = lambda f, **k: compiled(f, backend='eager', **k)\n"
-        "torch._dynamo.config.fail_on_recompile_limit_hit = True\n"  # without it they go on uncompiled
-        "train.main(sys.argv[1:])\n"
-    )
-    settings = [*TINY, *FEW_LAYERS, "vqa.start=null", "compile=true"]
-    commands = [Command(tmp_path, program, task, "--out", tmp_path / task, *settings) for task in ("pretrain", "vqa")]
-    results = [command.wait() for command in commands]
+def test_encoders_stay_compiled_through_training_and_evaluation(compiled_runs):
+    results = [command.wait() for command in compiled_runs]
     assert [result.status for result in results] == [0, 0], results
 
 
