@@ -76,6 +76,7 @@ IMAGE_FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000"]
 MAX_TRIES = 20  # records tried for one place in a batch before the run stops
 MAX_CHECKED_IMAGES = 2_000_000
 MAX_CHECKED_TEXTS = 10_000
+MAX_OPENED_IMAGES = 200
 MAX_REFS_BYTES = 1 << 30
 MAX_QUESTION_WORDS = 50  # at evaluation; in training data.max_words [ALBEF]
 ENTAILMENT_LABELS = ("contradiction", "neutral", "entailment")  # in the order of the classes [ALBEF]
@@ -1395,8 +1396,8 @@ class ImageDataset(Dataset):
 def check(config, task):
     """Look through the files of a task and print what they hold.
 
-    Per annotation file: records, images that are missing or empty, texts that are empty or cut, word pieces that the
-    vocabulary lacks; of VQA the share of the answers in the list that is ranked, of grounding the expressions without
+    Per annotation file: records, images that are missing or empty, and of some drawn at random those that cannot be read;
+    texts that are empty or cut, word pieces that the vocabulary lacks; of VQA the share of the answers in the list that is ranked, of grounding the expressions without
     proposals.
     Pre-training's evaluation is zero-shot retrieval. Returns True when nothing is missing, malformed or too little to
     train on. config: Config after resolve_scenes.
@@ -1442,7 +1443,7 @@ def check(config, task):
         total += len(records) * training
         missing = [image for image in images if not os.path.isfile(image) or not os.path.getsize(image)]
         left_out = f"; {records.left_out} samples without a caption left out" * bool(records.left_out)
-        state = f"{len(missing)} of {len(images)} images missing or empty" if images else "images in the shards, not opened"
+        state = f"{len(missing)} of {len(images)} images missing or empty" if images else "images in the shards"
         print(f"{path}: {len(records)} records; {state}{left_out}")
         for image in missing[:5]:
             print(f"  missing or empty: {valid_text(image)}")
@@ -1450,6 +1451,17 @@ def check(config, task):
         generator = torch.Generator().manual_seed(hash63("check", config.seed))
         order = torch.randperm(len(records), generator=generator)[:MAX_CHECKED_TEXTS].tolist()
         sample = [records[index] for index in order]
+        lost, unreadable = set(missing), []
+        drawn = (image for record in sample for image in image_paths(record, kind, files) if image not in lost)
+        opened = list(itertools.islice(drawn, MAX_OPENED_IMAGES))
+        for image in opened:
+            try:
+                read_image(image)
+            except BadImage as error:
+                unreadable.append(valid_text(str(error)))
+        print(f"  of {len(opened)} images opened {len(unreadable)} cannot be read", *unreadable[:5], sep="\n    ")
+        if len(unreadable) > config.max_bad_image_share * len(opened) * training:  # none may be among those of evaluation
+            found = False
         texts = [text for record in sample for text in texts_of(record, kind)][:MAX_CHECKED_TEXTS]
         max_words = MAX_QUESTION_WORDS if layout == "vqa_eval" else data.max_words
         words = [len(clean_text(text, kind, sys.maxsize).split()) for text in texts]

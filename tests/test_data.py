@@ -1021,7 +1021,7 @@ def test_check_counts_what_is_missing_and_cut(pairs, tmp_path, tokenizer, capsys
     shards = dataclasses.replace(files, pretrain_files=[write_shard(tmp_path / "0.tar", SAMPLES)], max_words=30)
     assert data.check(dataclasses.replace(config, data=shards), "pretrain")
     out = capsys.readouterr().out
-    assert "0.tar: 3 records; images in the shards, not opened; 4 samples without a caption left out" in out
+    assert "0.tar: 3 records; images in the shards; 4 samples without a caption left out" in out
     assert "of 3 captions 0 are empty" in out
 
     write_json(tmp_path / "p.json", rows)
@@ -1043,6 +1043,23 @@ def test_check_counts_what_is_missing_and_cut(pairs, tmp_path, tokenizer, capsys
     files = dataclasses.replace(files, tokenizer=str(tmp_path / "cased.txt"))
     assert not data.check(dataclasses.replace(config, data=files), "pretrain")
     assert f"data.tokenizer: 4 of {len(VOCABULARY) + 4} entries have capitals" in capsys.readouterr().out
+
+
+def test_check_opens_images(pairs, tmp_path, capsys):
+    """One cut in two: too many of those trained on or, alone, one of those evaluated on."""
+    rows, config = pairs
+    (tmp_path / "vocab.txt").write_text("\n".join(VOCABULARY))
+    (tmp_path / "11.png").write_bytes((tmp_path / "11.png").read_bytes()[:300])
+    for test, share, passes in ((2, 0.1, True), (2, 0.08, False), (12, 0.1, False)):
+        evaluation = write_json(tmp_path / "e.json", rows[:test])
+        files = dataclasses.replace(
+            config.data, tokenizer=str(tmp_path / "vocab.txt"), pretrain_files=[write_json(tmp_path / "p.json", rows)],
+            retrieval="tiny", retrieval_sets={"tiny": data.Files(str(tmp_path), [], None, evaluation)},
+            grounding_boxes=None, foils=None)
+        assert data.check(dataclasses.replace(config, data=files, max_bad_image_share=share), "pretrain") == passes
+        out = capsys.readouterr().out
+        assert f"of 12 images opened 1 cannot be read\n    {tmp_path}/11.png: " in out, out
+        assert out.count("of 2 images opened 0 cannot be read\n") == (test == 2)
 
 
 def test_check_finds_what_training_would_refuse_or_learn_nothing_from(pairs, tmp_path, capsys):
