@@ -966,7 +966,7 @@ def turn_size(image, size):
 
 
 def decode_image(image, least_size=None):
-    """Decode an opened image as 8-bit RGB, upright (EXIF), its first frame where it has several.
+    """Decode an opened image as 8-bit RGB, upright (EXIF) [ours; ALBEF as stored], its first frame where it has several.
 
     Transparency is dropped, not laid over a background: the colour below it shows, often black or white [ALBEF].
     least_size: None, or a width and height that suffice: a JPEG is decoded at 1/2, 1/4 or 1/8 where that has as many.
@@ -1111,8 +1111,8 @@ class TrainingSet(Dataset):
     def _targets(self, record):
         """What a record is trained towards. [ALBEF]
 
-        dict of VQA: answers, distinct, and answer_weights, the share of the record's answers that are this one, of
-        Visual Genome half of it; of NLVR2 and entailment: label; else image_id: 63 bits of the record's
+        dict of VQA: answers, distinct, and answer_weights, the share of the record's answers, without empty ones [ours],
+        that are this one, of Visual Genome half of it; of NLVR2 and entailment: label; else image_id: 63 bits of the record's
         image_id in retrieval, of its path in pre-training, whose files may number their images alike [ours].
         """
         if self.task == "vqa":

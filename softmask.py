@@ -669,7 +669,7 @@ class PretrainModel(TaskModel):
 
     @torch.no_grad()
     def clamp_temp(self):
-        """Keep the temperature in [0.001, 0.5]: before each forward pass. [ALBEF]"""
+        """Keep the temperature in [0.001, 0.5]: before each forward pass. [ALBEF] in pre-training, else [ours]"""
         self.temp.clamp_(0.001, 0.5)
 
     def words_losses(self, image, input_ids, word_ids):
@@ -951,7 +951,7 @@ GEOMETRIC_OPS = {  # angle in degrees, shift in pixels, shear as slopes, and the
     "translate_x": (0, [7, 0], [0, 0], None), "translate_y": (0, [0, 7], [0, 0], None),
     "rotate": (21, [0, 0], [0, 0], None),
 }
-RANDAUGMENT_OPS = (*PHOTOMETRIC_OPS, *GEOMETRIC_OPS)  # [ALBEF] dataset/__init__.py, at level 7 of 10; not torchvision's
+RANDAUGMENT_OPS = (*PHOTOMETRIC_OPS, *GEOMETRIC_OPS)  # [ALBEF] at level 7 of 10; sharpness clips [ours; ALBEF's wraps]
 
 
 def randaugment_op(image, name: str, sign: int):
@@ -1277,8 +1277,8 @@ def load_bert(encoders: Encoders, state: dict) -> list[str]:
 def load_start(model, state: dict) -> tuple[list[str], list[str]]:
     """Start the model of any task from a checkpoint of ours or of ALBEF, of that task or another; queues start anew.
 
-    The twin comes from the checkpoint; what that lacks of it is a copy of the student made afterwards. Returns the
-    names that kept fresh values, and those that the model has no use for. ValueError where a common part does not fit.
+    The twin comes from the checkpoint; what that lacks of it is a copy of the student, made afterwards [ours; ALBEF:
+    before]. Returns the names left fresh, and those of no use here. ValueError where a common part does not fit.
     """
     if not any(key.startswith("encoders.") for key in state):
         state = rename_albef(state, text_layers=len(model.encoders.text.layers))

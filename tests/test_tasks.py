@@ -670,6 +670,20 @@ def test_albefs_other_checkpoints_are_read(file, source_task, task, fresh, left)
     assert [{softmask.task_part(name) for name in names} for names in found] == [fresh, left]
     if task in (source_task, "entailment"):
         assert_started(model, source, fresh)
+
+
+@pytest.mark.parametrize("task", ["retrieval", "grounding"])
+def test_a_checkpoint_without_twin_and_queues_is_read(task):
+    """As ALBEF's mscoco.pth and refcoco.pth were released."""
+    source, model = random_model(task, 1), random_model(task, 2)
+    state = softmask.export_albef(source)
+    state = {name: value for name, value in state.items() if not re.search(r"_m\.|queue", name)}
+    fresh, left = softmask.load_start(model, state)
+    assert {softmask.task_part(name) for name in fresh} == BERT_LEFT_OUT and left == []
+    student = model.encoders.state_dict()
+    for name, value in model.encoders_m.state_dict().items():
+        assert torch.equal(value, student[name]), name
+        assert "mlm_head" in name or torch.equal(value, source.encoders.state_dict()[name]), name
     if task == "nlvr2":  # the layers are paired already, there is no twin
         for twin in (model.encoders, model.encoders_m):
             for name, value in source.encoders.state_dict().items():
