@@ -80,9 +80,7 @@ class Command:
             shared = {"WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
             environments = [shared | {"RANK": rank, "LOCAL_RANK": rank} for rank in range(processes)]
         program, context = os.path.join(data.HERE, program), multiprocessing.get_context("forkserver")
-        with python_path():
-            multiprocessing.set_forkserver_preload(PRELOADED)
-            multiprocessing.forkserver.ensure_running()
+        start_server()
         self.processes = [
             context.Process(target=run_program, args=(program, list(map(str, arguments)), environment, output, cwd))
             for environment, output in zip(environments, self.outputs)
@@ -120,6 +118,13 @@ class Command:
             assert all(process.is_alive() for process in self.processes) and time.monotonic() < end, self.result()
             time.sleep(0.002)
         self.kill()
+
+
+def start_server():
+    """Start the server of forks, where it does not run yet; it takes seconds of imports, for which nothing waits here."""
+    with python_path():
+        multiprocessing.set_forkserver_preload(PRELOADED)
+        multiprocessing.forkserver.ensure_running()
 
 
 @contextlib.contextmanager

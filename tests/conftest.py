@@ -10,6 +10,11 @@ import paper
 torch.set_num_threads(1)  # the tensors of the tests are small: threads would only wait for each other
 
 
+def pytest_collection_finish(session):
+    if len(session.items) > 100:  # its first tests need no command
+        commands.start_server()
+
+
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory):
     """A run of 60 small steps, by the command as users type it: out, arguments, stdout, stderr."""

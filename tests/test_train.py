@@ -552,9 +552,9 @@ def test_two_processes_killed(tmp_path):
     arguments = [*TINY, NO_EVALUATION, "pretrain.batch_size=4", "model.dropout=0.1", WORDS]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     killed.mkdir()
-    assert run(tmp_path, "train.py", "--out", whole, *arguments, processes=2).status == [0, 0]
+    uncut = Command(tmp_path, "train.py", "--out", whole, *arguments, processes=2)
     result = kill_at_lines(killed, [*arguments, "eval_every_steps=4"], [2, 8], processes=2)
-    assert result.status == [0, 0], result.err
+    assert result.status == uncut.wait().status == [0, 0], result.err
     assert_same_run(killed, whole, WATCHED)
 
 
