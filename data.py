@@ -1112,8 +1112,8 @@ class TrainingSet(Dataset):
         """What a record is trained towards. [ALBEF]
 
         dict of VQA: answers, distinct, and answer_weights, the share of the record's answers, without empty ones [ours],
-        that are this one, of Visual Genome half of it; of NLVR2 and entailment: label; else image_id: 63 bits of the record's
-        image_id in retrieval, of its path in pre-training, whose files may number their images alike [ours].
+        that are this one, of Visual Genome half of it; of NLVR2 and entailment: label; else image_id: 63 bits of the
+        record's image_id in retrieval, of its path in pre-training, whose files may number their images alike [ours].
         """
         if self.task == "vqa":
             answers = [answer for answer in answers_of(record) if answer.strip()]
@@ -1396,9 +1396,9 @@ class ImageDataset(Dataset):
 def check(config, task):
     """Look through the files of a task and print what they hold.
 
-    Per annotation file: records, images that are missing or empty, and of some drawn at random those that cannot be read;
-    texts that are empty or cut, word pieces that the vocabulary lacks; of VQA the share of the answers in the list that is ranked, of grounding the expressions without
-    proposals.
+    Per annotation file: records, images that are missing or empty, and of some drawn at random those that cannot be
+    read; texts that are empty or cut, word pieces that the vocabulary lacks; of VQA the share of the answers in the list
+    that is ranked, of grounding the expressions without proposals.
     Pre-training's evaluation is zero-shot retrieval. Returns True when nothing is missing, malformed or too little to
     train on. config: Config after resolve_scenes.
     """
