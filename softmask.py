@@ -528,7 +528,7 @@ def distilled_cross_entropy(logits, logits_m, labels, alpha):
 
 
 def mlm_loss(logits, logits_m, labels, alpha):
-    """Mean over the positions whose label is not -100, 0 without; logits (..., V). Copy with: distilled_cross_entropy."""
+    """Mean where labels are not -100, 0 without one; logits (..., V). [ALBEF] Copy with: distilled_cross_entropy."""
     return distilled_cross_entropy(logits, logits_m, labels, alpha).sum() / (labels != -100).sum().clamp_min(1)
 
 
