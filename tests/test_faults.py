@@ -4,7 +4,6 @@ import errno
 import functools
 import json
 import math
-import multiprocessing
 import os
 import re
 import shutil
@@ -478,9 +477,7 @@ def test_a_loader_worker_without_memory_says_what_to_change(fault, fails, tmp_pa
 def no_workers():
     """Ends loader workers that an error left, as train.py does: their loader's end, at any time later, waits for them."""
     yield
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's raises an error for each
-    for worker in multiprocessing.active_children():
-        worker.kill()
+    train.Signals().__exit__(None, None, None)
 
 
 @pytest.mark.parametrize("in_worker, fault, said", [
