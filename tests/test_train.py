@@ -411,9 +411,9 @@ def compiled_runs(tmp_path_factory):
         "train.main(sys.argv[1:])\n"
     )
     settings = [*TINY, *FEW_LAYERS, "vqa.start=null", "compile=true"]
-    commands = [Command(folder, program, task, "--out", folder / task, *settings) for task in ("pretrain", "vqa")]
-    yield commands
-    for command in commands:
+    at_work = [Command(folder, program, task, "--out", folder / task, *settings) for task in ("pretrain", "vqa")]
+    yield at_work
+    for command in at_work:
         command.kill()
 
 
@@ -573,9 +573,9 @@ def test_evaluation_while_training_changes_no_bit(uninterrupted, tmp_path):
 @pytest.mark.parametrize("processes", [1, 2])
 def test_the_same_command_twice_gives_the_same_bits_and_figures(processes, tmp_path, capsys):
     outs = tmp_path / "first", tmp_path / "second"
-    commands = [Command(tmp_path, "train.py", "--out", out, *TINY, "model.dropout=0.1", f"num_workers={workers}",
-                        processes=processes) for out, workers in zip(outs, (0, 4))]
-    assert [command.wait().status for command in commands] in ([0] * 2, [[0, 0]] * 2)
+    at_work = [Command(tmp_path, "train.py", "--out", out, *TINY, "model.dropout=0.1", f"num_workers={workers}",
+                       processes=processes) for out, workers in zip(outs, (0, 4))]
+    assert [command.wait().status for command in at_work] in ([0] * 2, [[0, 0]] * 2)
     assert_same_run(*outs)
     evaluation.record([outs[0]], tmp_path / "record.json")
     assert evaluation.check(outs[1], tmp_path / "record.json") == 0
