@@ -29,6 +29,7 @@ TINY = [
       for task in data.TASKS[1:]),  # which have rows for half of the scenes, NLVR2 one for two
 ]  # 12 steps of every task, of fine-tuning in two epochs
 NO_EVALUATION = "data.retrieval_sets.scenes.test=none.json"  # where pre-training alone is looked at
+FEW_LAYERS = ["model.vision_layers=1", "model.fusion_layers=2"]  # each takes torch.compile seconds
 TIMES = ("pairs_per_second", "seconds")
 # what train.py and softmask.load_tokenizer import
 PRELOADED = ["train", "transformers.models.auto.tokenization_auto", "transformers.models.bert.tokenization_bert"]
@@ -44,6 +45,24 @@ train.Run.save = spy
 sys.exit(train.main(sys.argv[1:]))
 """
 """A train.py that saves state and gradients with each checkpoint, by each process: RANK-STEP.pt. Slow at best.pt."""
+COMPILED = """
+import sys, torch, train
+compiled = torch.compile
+torch.compile = lambda f, **k: compiled(f, backend="eager", **k)
+torch._dynamo.config.fail_on_recompile_limit_hit = True
+sys.exit(train.main(sys.argv[1:]))
+"""
+"""A train.py that ends where an encoder's forms are too many to be compiled; else it would go on uncompiled."""
+COMPILED_LOSSES = """
+import json, os, torch, test_train
+graphs, compiled = [], torch.compile
+backend = "inductor" if os.environ.get("PAPER_SCALE") else "aot_eager"
+torch.compile = lambda f, **k: graphs.append(f) or compiled(f, backend=backend, **k)
+each = ["compile=true", "checkpointing=true"], ["compile=true"]
+print(json.dumps([(test_train.losses_of_50_steps(options).tolist(), len(graphs)) for options in each]))
+"""
+"""Losses of 50 steps, compiled, and the number of graphs up to there. What is compiled under checkpointing serves without it,
+too, since the code is the same: half the time."""
 
 
 def scenes_folder():

@@ -15,6 +15,23 @@ def pytest_collection_finish(session):
         commands.start_server()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def compiled(request, tmp_path_factory):
+    """Commands of a minute in all, begun before the first test, since most tests leave a core free: awaited in test_train.py."""
+    at_work = {}
+    if any("compil" in item.name for item in request.session.items):
+        folder = tmp_path_factory.mktemp("compiled")
+        (folder / "losses.py").write_text(commands.COMPILED_LOSSES)
+        (folder / "program.py").write_text(commands.COMPILED)
+        at_work["losses"] = commands.Command(folder, folder / "losses.py")
+        for task in ("pretrain", "vqa"):
+            settings = [*commands.TINY, *commands.FEW_LAYERS, "vqa.start=null", "compile=true"]
+            at_work[task] = commands.Command(folder, folder / "program.py", task, "--out", folder / task, *settings)
+    yield at_work
+    for command in at_work.values():
+        command.kill()
+
+
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory):
     """A run of 60 small steps, by the command as users type it: out, arguments, stdout, stderr."""

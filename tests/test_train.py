@@ -28,7 +28,7 @@ import paper
 import softmask
 import train
 from commands import (
-    NO_EVALUATION, SPY, TIMES, TINY, Command, assert_close, assert_same, assert_same_run, kill_at_lines, load,
+    FEW_LAYERS, NO_EVALUATION, SPY, TIMES, TINY, Command, assert_close, assert_same, assert_same_run, kill_at_lines, load,
     log_without_times, read_log, run,
 )
 from test_data import write_shard
@@ -357,9 +357,6 @@ def test_a_start_with_another_vocabulary_is_refused(tmp_path):
 
 # Options that change no result
 
-FEW_LAYERS = ["model.vision_layers=1", "model.fusion_layers=2"]  # each takes the compiler seconds
-
-
 def losses_of_50_steps(options):
     """Losses (50, 4) of pre-training on one batch after the other, dropout and all innovations on."""
     config = data.resolve_scenes(data.load_config("scenes", [*TINY, *FEW_LAYERS, "model.dropout=0.1", *options]))
@@ -397,42 +394,19 @@ def test_checkpointing_changes_no_bit(plain_losses, monkeypatch):
     assert len(calls) > 50
 
 
-@pytest.fixture(scope="module")
-def compiled_runs(tmp_path_factory):
-    """Pre-training and VQA, which end where an encoder's forms are too many to be compiled; begun a test before their own,
-    which leaves a core to them."""
-    folder = tmp_path_factory.mktemp("compiled")
-    program = folder / "program.py"
-    program.write_text(
-        "import sys, torch, train\n"
-        "compiled = torch.compile\n"
-        "torch.compile = lambda f, **k: compiled(f, backend='eager', **k)\n"
-        "torch._dynamo.config.fail_on_recompile_limit_hit = True\n"  # without it they go on uncompiled
-        "train.main(sys.argv[1:])\n"
-    )
-    settings = [*TINY, *FEW_LAYERS, "vqa.start=null", "compile=true"]
-    at_work = [Command(folder, program, task, "--out", folder / task, *settings) for task in ("pretrain", "vqa")]
-    yield at_work
-    for command in at_work:
-        command.kill()
+def test_compilation_changes_rounding_alone(plain_losses, compiled):
+    """With the compiler's own backend where PAPER_SCALE is set: that takes minutes and a C++ compiler."""
+    result = compiled["losses"].wait(600)
+    assert result.status == 0, result
+    for runs, (losses, graphs) in enumerate(json.loads(result.out), 1):
+        torch.testing.assert_close(torch.tensor(losses), plain_losses, rtol=1e-3, atol=1e-4)
+        assert graphs == runs * (2 * (1 + 1 + 2) - 1)  # of model and twin, less the layer of the word attention
 
 
-def test_compilation_changes_rounding_alone(plain_losses, compiled_runs, monkeypatch):
-    """With the compiler's own backend where PAPER_SCALE is set: that takes minutes and a C++ compiler.
-
-    What is compiled under checkpointing serves without it, too, since the code is the same: half the time.
-    """
-    backend, graphs, compiled = "inductor" if os.environ.get("PAPER_SCALE") else "aot_eager", [], torch.compile
-    monkeypatch.setattr(torch, "compile", lambda f, **k: graphs.append(f) or compiled(f, backend=backend, **k))
-    torch.compiler.reset()
-    for runs, options in enumerate((["compile=true", "checkpointing=true"], ["compile=true"]), 1):
-        torch.testing.assert_close(losses_of_50_steps(options), plain_losses, rtol=1e-3, atol=1e-4)
-        assert len(graphs) == runs * (2 * (1 + 1 + 2) - 1)  # of model and twin, less the layer of the word attention
-
-
-def test_encoders_stay_compiled_through_training_and_evaluation(compiled_runs):
-    results = [command.wait() for command in compiled_runs]
-    assert [result.status for result in results] == [0, 0], results
+@pytest.mark.parametrize("task", ["pretrain", "vqa"])
+def test_encoders_stay_compiled_through_training_and_evaluation(task, compiled):
+    result = compiled[task].wait()
+    assert result.status == 0, result
 
 
 def test_a_compiled_encoder_is_one_graph_under_ddp_too(monkeypatch):
