@@ -405,7 +405,7 @@ def test_compilation_changes_rounding_alone(plain_losses, compiled):
 
 @pytest.mark.parametrize("task", ["pretrain", "vqa"])
 def test_encoders_stay_compiled_through_training_and_evaluation(task, compiled):
-    result = compiled[task].wait()
+    result = compiled[task].wait(600)
     assert result.status == 0, result
 
 
