@@ -4,9 +4,9 @@ Read top to bottom:
     InputError, BadImage                    what can be wrong with a user's input
     Config and its sections                 the settings of config.yaml, as frozen dataclasses
     load_config, config_to_dict, ...        config.yaml + scale + command line -> Config
+    task_settings, task_files               the settings and the files of a task
     FORMATS, Records                        annotation files and tar shards of any size, read record by record
     open_index, scan_list, index_shard      where the records lie: found once, kept in data/index/
-    task_settings, task_files               the settings and the files of a task
     image_paths, texts_of, clean_text       what a record says, whatever its task
     join_image_path, ShardImage, read_image from a record's path to an RGB image
     write_atomically, hash63                files that are whole or absent; the seeds of every draw
@@ -63,7 +63,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 HERE = os.path.dirname(os.path.abspath(__file__))
 INDEX_FOLDER = os.path.join(HERE, "data", "index")  # may be deleted between runs: it is made again
 INDEX_VERSION = 1  # raised with any change of what the folder holds
-INDEX_KEPT_FROM = 1 << 24  # bytes; a smaller file is indexed within a second, at every start
+INDEX_KEPT_FROM = 1 << 24  # bytes; a smaller JSON file is indexed within a second, at every start
 CHUNK_BYTES = 1 << 22  # what is read at a time of an annotation file
 MAX_RECORD_BYTES = 1 << 24
 MAX_YAML_NODES = 100_000  # config.yaml has 1,200
@@ -517,8 +517,8 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 class Records:
     """The records of annotation files and tar shards, in their order: a sequence of dicts, each read when asked for.
 
-    A process holds no record, only where each begins: 8 bytes, which processes share. The records stay in the files and
-    in the page cache. Works in forked and in spawned loader workers.
+    A process holds no record, only where each begins: 8 bytes, which processes share where the index of a JSON file is
+    kept. The records stay in the files and in the page cache. Works in forked and in spawned loader workers.
     """
 
     def __init__(self, files, layout):
@@ -528,9 +528,8 @@ class Records:
         digest: str, of the bytes of the JSON files and of what the indices of the shards hold (all but the pixels).
         left_out: samples of shards without a caption.
         """
-        self.files, self.layout = list(files), layout
-        paths = [path for entry in self.files for path in expand_pattern(entry)]
-        shown = tqdm(paths, "annotations", leave=False, disable=None, delay=2)
+        self.files, self.layout = [path for entry in files for path in expand_pattern(entry)], layout
+        shown = tqdm(self.files, "annotations", leave=False, disable=None, delay=2)
         self.indices = [open_index(path, layout) for path in shown]
         self.begins = [0, *itertools.accumulate(map(len, self.indices))]
         self.digest = digest_of("".join(index.digest for index in self.indices).encode()).hexdigest()
@@ -580,10 +579,12 @@ class Index:
         except RecursionError:  # which depends on the caller's depth, too
             raise InputError(f"{self.path}: record {number} (from 0): nested too deep") from None
         except ValueError:
+            if isinstance(self.rows, str):
+                raise InputError(f"{self.rows}: damaged; delete the folder it lies in, which is made again") from None
             raise InputError(f"{self.path} has changed since this run began; start the run again") from None
         if self.rows:
-            image = ShardImage(self.path, self.stamp, record["image"], record["offset"], record["size"])
-            record = {"image": image, "caption": record["caption"]}
+            place = record["image"], record["offset"], record["size"]
+            record = {"image": ShardImage(self.path, self.stamp, self.digest, *place), "caption": record["caption"]}
         return record
 
     def save(self, folder):
@@ -636,23 +637,24 @@ class OpenFile:
 
 @functools.lru_cache(maxsize=256)  # shards are more than the files that a process may have open
 def open_file(path, stamp):
-    """Open a file for read_bytes, and keep it open while it is in use; InputError where it has another stamp by now."""
+    """Open a file for read_bytes, and keep it open while it is in use: one put in its place does not harm this run."""
     try:
-        file = OpenFile(path)
+        return OpenFile(path)
     except OSError as error:
         raise unreadable(path, error) from None
-    if stamp not in (None, file_stamp(file.descriptor)):
-        raise InputError(f"{path} has changed since this run began; start the run again")
-    return file
 
 
 def read_bytes(path, stamp, offset, size):
-    """Read size bytes of a file from offset on; stamp: file_stamp that the file must have, or None."""
-    return os.pread(open_file(path, stamp).descriptor, size, offset)
+    """Read size bytes of a file from offset on; InputError where it has another file_stamp than stamp, unless None."""
+    file = open_file(path, stamp)
+    if stamp not in (None, file_stamp(file.descriptor)):
+        raise InputError(f"{path} has changed since this run began; start the run again")
+    return os.pread(file.descriptor, size, offset)
 
 
 def open_index(path, layout):
-    """The Index of a JSON list or a shard: read from INDEX_FOLDER if that holds it, else made, and kept there [ours].
+    """The Index of a JSON list or a shard: read from INDEX_FOLDER if that holds it, else made; kept there if the file is
+    a shard or has INDEX_KEPT_FROM bytes [ours].
 
     layout: a key of FORMATS, in which every record is checked. InputError: the file is not what it should be.
     """
@@ -660,10 +662,10 @@ def open_index(path, layout):
     if is_shard and layout not in SHARD_TASKS:
         raise InputError(f"{path}: tar shards are for data.pretrain_files alone; give a JSON list")
     if not is_shard:
-        open_file(path, stamp)  # now, so that a file put in its place later does not harm this run
+        open_file(path, stamp)  # now, before another can take its place
     key = repr((INDEX_VERSION, os.path.abspath(path), stamp, FORMATS[layout]))
     folder = os.path.join(INDEX_FOLDER, digest_of(key.encode()).hexdigest())
-    kept = stamp[0] >= INDEX_KEPT_FROM
+    kept = is_shard or stamp[0] >= INDEX_KEPT_FROM
     if kept and os.path.exists(folder):
         return load_index(path, stamp, folder)
     index = index_shard(path, stamp) if is_shard else index_json(path, stamp, FORMATS[layout])
@@ -889,7 +891,7 @@ def texts_of(record, task):
 
 
 def answers_of(record):
-    """The answers of a VQA record, a list of str; None where it has none, as in a test file."""
+    """The answers of a VQA record, a list of str; None, [] or "" where it has none, as in a test file."""
     answers = record.get("answer")
     return answers and [valid_text(answer) for answer in ([answers] if isinstance(answers, str) else answers)]
 
@@ -909,6 +911,15 @@ def label_of(record, task):
     return int(record["label"] in (True, "True")) if task == "nlvr2" else ENTAILMENT_LABELS.index(record["label"])
 
 
+@contextlib.contextmanager
+def naming(path, number):
+    """An InputError within is about this record of the file path, and says so."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{path}: record {number} (from 0): {error}") from None
+
+
 def join_image_path(image_root, path):
     """Join a record's image path to image_root, below which it must stay; with image_root "" any path is allowed."""
     full = os.path.join(image_root, path)
@@ -923,6 +934,7 @@ class ShardImage(typing.NamedTuple):
 
     shard: str
     stamp: tuple[int, int]  # file_stamp of the shard
+    digest: str  # of the shard, as of Index
     name: str
     offset: int
     size: int
@@ -959,9 +971,17 @@ def open_image(path):
         raise BadImage(f"{path}: {' '.join(str(error).split()) or type(error).__name__}") from None
 
 
+def exif_orientation(image):
+    """The orientation, 1 to 8, that an opened image's EXIF says; None where it says none, or cannot be read."""
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # a damaged one raises many kinds
+        return None
+
+
 def turn_size(image, size):
     """size (width, height) of an opened image, as EXIF says it lies in the file or stands upright: one to the other."""
-    turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+    turned = exif_orientation(image) in (5, 6, 7, 8)
     return size[::-1] if turned and image.format != "TIFF" else size  # Pillow gives a TIFF's upright size
 
 
@@ -973,6 +993,9 @@ def decode_image(image, least_size=None):
     """
     if least_size:
         image.draft(None, turn_size(image, least_size))
+    exif_orientation(image)  # read and kept, so that EXIF can go: written anew after a turn, it fails on odd tags
+    for name in ("exif", "Raw profile type exif"):
+        image.info.pop(name, None)
     ImageOps.exif_transpose(image, in_place=True)
     if image.mode == "F":
         raise ValueError("its pixels are floats, of which nothing says what is white; save it with 8 or 16 bits")
@@ -1080,6 +1103,7 @@ class TrainingSet(Dataset):
                 images = [self._augment(image, flip, generator) for image in images]
             except (BadImage, InputError) as error:
                 replaced.append((str(record["images"][0] if self.task == "nlvr2" else record["image"]), str(error)))
+                bad_image = isinstance(error, BadImage)
                 continue
             if flip:
                 text = softmask.flip_words(text)
@@ -1089,8 +1113,9 @@ class TrainingSet(Dataset):
             image = torch.stack(tensors) if self.task == "nlvr2" else tensors[0]
             return {"image": image, "text": text, "replaced": replaced} | targets
         path, reason = replaced[-1]
-        raise InputError(f"{MAX_TRIES} records in a row are bad, the last {path!r} ({reason}); is the image_root "
-                         f"{self.files.image_root!r} the right one? see train.py check")
+        hint = f"is the image_root {self.files.image_root!r} the right one? " * bad_image
+        raise InputError(f"{MAX_TRIES} records in a row are bad, the last {path!r} ({reason}); {hint}see "
+                         "train.py check")
 
     def _augment(self, image, flip, generator):
         """Crop and augment a PIL image or, with data.decode_reduced, the image of a path, decoded at no more than its
@@ -1113,7 +1138,8 @@ class TrainingSet(Dataset):
 
         dict of VQA: answers, distinct, and answer_weights, the share of the record's answers, without empty ones [ours],
         that are this one, of Visual Genome half of it; of NLVR2 and entailment: label; else image_id: 63 bits of the
-        record's image_id in retrieval, of its path in pre-training, whose files may number their images alike [ours].
+        record's image_id in retrieval, of its path in pre-training, whose files may number their images alike, in a shard
+        of the shard's digest and the name in it [ours].
         """
         if self.task == "vqa":
             answers = [answer for answer in answers_of(record) if answer.strip()]
@@ -1124,7 +1150,9 @@ class TrainingSet(Dataset):
             return {"answers": distinct, "answer_weights": [scale * answers.count(answer) for answer in distinct]}
         if self.task in ("nlvr2", "entailment"):
             return {"label": label_of(record, self.task)}
-        return {"image_id": hash63(str(record["image_id" if self.task == "retrieval" else "image"]))}
+        image = record["image_id" if self.task == "retrieval" else "image"]
+        name = f"{image.digest}/{image.name}" if isinstance(image, ShardImage) else str(image)  # wherever the shard lies
+        return {"image_id": hash63(name)}
 
 
 def training_set(config, task):
@@ -1210,12 +1238,13 @@ def load_retrieval(path, image_root, max_words):
     images, captions, image_of_caption = [], [], []
     for number, record in enumerate(Records([path], "retrieval_eval")):
         texts = texts_of(record, "retrieval")
-        if not texts:
-            raise InputError(f"{path}: record {number} (from 0): no caption, yet each image is searched by one")
         captions += [softmask.clean_caption(text, max_words) for text in texts]
         image_of_caption += [len(images)] * len(texts)
-        images.append(join_image_path(image_root, record["image"]))
-    image, count = collections.Counter(images).most_common(1)[0]
+        with naming(path, number):
+            if not texts:
+                raise InputError("no caption, yet each image is searched by one")
+            images.append(join_image_path(image_root, record["image"]))
+    image, count = collections.Counter(map(os.path.normpath, images)).most_common(1)[0]
     if count > 1:  # copies would be told apart, and all but one be wrong
         raise InputError(f"{path}: {image} is in {count} records; for retrieval give each image once, with all its captions")
     return images, captions, np.array(image_of_caption, np.int64)
@@ -1233,8 +1262,9 @@ def evaluation_rows(task, path, config):
     """
     files = getattr(config.data, task)
     max_words = MAX_QUESTION_WORDS if task == "vqa" else config.data.max_words
-    for record in Records([path], evaluation_layout(task)):
-        paths = image_paths(record, task, files)
+    for number, record in enumerate(Records([path], evaluation_layout(task))):
+        with naming(path, number):
+            paths = image_paths(record, task, files)
         row = {"images": paths} if task == "nlvr2" else {"image": paths[0]}
         row["text"] = clean_text(texts_of(record, task)[0], task, max_words)
         if "label" in FORMATS[task]:
@@ -1242,14 +1272,10 @@ def evaluation_rows(task, path, config):
         yield record, row
 
 
-def load_nlvr2(path, config):
-    """Rows of an NLVR2 file: dict(images [left, right], text, label: 1 true, 0 false)."""
-    return [row for _, row in evaluation_rows("nlvr2", path, config)]
-
-
-def load_entailment(path, config):
-    """Rows of an SNLI-VE file: dict(image, text, label: place in ENTAILMENT_LABELS)."""
-    return [row for _, row in evaluation_rows("entailment", path, config)]
+def load_labelled(task, path, config):
+    """Rows of an NLVR2 file: dict(images [left, right], text, label: 1 true, 0 false), or of one of SNLI-VE (task
+    entailment): dict(image, text, label: place in ENTAILMENT_LABELS)."""
+    return [row for _, row in evaluation_rows(task, path, config)]
 
 
 def load_vqa(path, config):
@@ -1264,7 +1290,9 @@ def load_vqa(path, config):
             raise InputError(f"{path}: record {number} (from 0): question_id {question_id!r} was there before")
         seen.add(question_id)
         row |= {"question_id": question_id, "answers": answers_of(record)}
-        rows.append(row | {key: record[key] for key in ("kind",) if isinstance(record.get(key), str)})
+        if isinstance(record.get("kind"), str):
+            row["kind"] = record["kind"]
+        rows.append(row)
     return rows
 
 
@@ -1406,8 +1434,9 @@ def check(config, task):
     evaluated = "retrieval" if task == "pretrain" else task
     trained, evaluation = training_files(config, task), task_files(config, evaluated)
     listed = [(path, task, task_files(config, task), task, settings.max_tokens) for path in trained]
+    val = None if task == "pretrain" and not config.eval_every_steps else evaluation.val  # which then is not read
     listed += [(path, evaluated, evaluation, evaluation_layout(evaluated), evaluation_max_tokens(config, task))
-               for path in (evaluation.val, evaluation.test) if path is not None]
+               for path in (val, evaluation.test) if path is not None]
     others = {"model.vision_weights": config.model.vision_weights, "model.text_weights": config.model.text_weights,
               "data.grounding_boxes": data.grounding_boxes, "data.foils": data.foils}
     for key, path in others.items():
@@ -1427,9 +1456,11 @@ def check(config, task):
         training = number < len(trained)
         try:
             records = Records([path], layout)
-            looked_at = (records[index] for index in range(min(len(records), MAX_CHECKED_IMAGES)))
-            images = dict.fromkeys(image for record in looked_at for image in image_paths(record, kind, files)
-                                   if not isinstance(image, ShardImage))  # which is there, since it is in the index
+            images = {}  # as keys; those in shards are there, since they are in the index
+            for index in range(min(len(records), MAX_CHECKED_IMAGES)):
+                with naming(path, index):
+                    paths = image_paths(records[index], kind, files)
+                images |= dict.fromkeys(image for image in paths if not isinstance(image, ShardImage))
             answers = set(load_answers(files.answers)) if layout == "vqa" else None
             rows = load_grounding(path, config) if layout == "grounding_eval" else None
             if layout == "vqa_eval":
@@ -1437,7 +1468,7 @@ def check(config, task):
             if layout == "retrieval_eval":
                 load_retrieval(path, files.image_root, data.max_words)
         except InputError as error:
-            print(error)
+            print(valid_text(str(error)))
             found = False
             continue
         total += len(records) * training
@@ -1467,6 +1498,7 @@ def check(config, task):
         words = [len(clean_text(text, kind, sys.maxsize).split()) for text in texts]
         cleaned = [clean_text(text, kind, max_words) for text in texts]
         tokens, empty = "", words.count(0) + sum(not texts_of(record, kind) for record in sample)
+        unanswered = [not any(map(str.strip, answers_of(record))) for record in sample if layout == "vqa"]
         if tokenizer is not None and texts:
             tokenized = softmask.tokenize(tokenizer, cleaned, max_tokens)
             pieces = tokenized["input_ids"][tokenized["word_ids"] >= 0]
@@ -1477,12 +1509,13 @@ def check(config, task):
         cut = sum(count > max_words for count in words)
         print(f"  of {len(texts)} {TEXT_KEYS.get(kind, 'caption')}s {empty} are empty, "
               f"{cut / max(len(texts), 1):.1%} cut at {max_words} words{tokens}")
-        if training and empty > config.max_bad_image_share * max(len(sample), 1):
-            print(f"  that is more than max_bad_image_share ({config.max_bad_image_share}) of {len(sample)} records")
-            found = False
         if answers is not None:
             ranked = [answer in answers for record in sample for answer in answers_of(record)]
-            print(f"  of {len(ranked)} answers {np.mean(ranked or [0]):.1%} are in {files.answers}")
+            print(f"  of {len(ranked)} answers {np.mean(ranked or [0]):.1%} are in {files.answers}; {sum(unanswered)} of "
+                  f"{len(sample)} records have none")
+        if training and empty + sum(unanswered) > config.max_bad_image_share * max(len(sample), 1):
+            print(f"  that is more than max_bad_image_share ({config.max_bad_image_share}) of {len(sample)} records")
+            found = False
         if rows is not None:
             print(f"  {sum(not row['dets'] for row in rows)} of {len(rows)} texts have no proposals in {files.dets}")
     if found and total < settings.batch_size * settings.accumulation:

@@ -23,6 +23,7 @@ import argparse
 import contextlib
 import datetime
 import functools
+import glob
 import itertools
 import json
 import math
@@ -483,7 +484,7 @@ def task_batches(rows, tokenize, config, device):
 
 @torch.no_grad()
 def classify(model, rows, names, tokenize, config):
-    """NLVR2 and entailment: classification_metrics of data.load_nlvr2's or load_entailment's rows."""
+    """NLVR2 and entailment: classification_metrics of data.load_labelled's rows."""
     device = next(model.parameters()).device
     predictions = torch.zeros(len(rows), dtype=torch.int64, device=device)
     for indices, image, text in task_batches(rows, tokenize, config, device):
@@ -532,8 +533,9 @@ def ground(model, rows, tokenize, config):
 
 def load_rows(task, file, config):
     """The rows of an annotation file that VQA, NLVR2, entailment or grounding is evaluated on."""
-    readers = {"vqa": data.load_vqa, "nlvr2": data.load_nlvr2, "entailment": data.load_entailment}
-    return readers.get(task, data.load_grounding)(file, config)
+    if task in ("nlvr2", "entailment"):
+        return data.load_labelled(task, file, config)
+    return (data.load_vqa if task == "vqa" else data.load_grounding)(file, config)
 
 
 def evaluation_files(task, config):
@@ -556,9 +558,11 @@ def look_ahead(task, config):
     InputError for what could not be evaluated; where pre-training has no file for it, a line says so.
     """
     files = evaluation_files(task, config)
+    listed = [path for entry in data.task_files(config, task).train for path in glob.glob(entry) or [entry]]
+    trained_on = set(map(os.path.realpath, listed))
     for split in ("test",) if task == "pretrain" else ("val", "test"):
         file = getattr(files, split)
-        if task != "pretrain" and file in files.train and rank() == 0:
+        if file is not None and os.path.realpath(file) in trained_on and rank() == 0:
             print(f"{file}, for {split}, is among the files trained on: its figures will say little", file=sys.stderr)
         if lack := lacking(task, config, split):
             if task == "pretrain" and rank() == 0:

@@ -64,7 +64,8 @@ def pairs(tmp_path):
 
 
 def make_dataset(rows, config, path, seed=0, task="pretrain"):
-    records = data.Records([write_json(path, rows)], task)
+    same = path.exists() and json.loads(path.read_text()) == rows  # it may be in use: not written again
+    records = data.Records([str(path) if same else write_json(path, rows)], task)
     return data.TrainingSet(records, task, dataclasses.replace(config, seed=seed))
 
 
@@ -398,6 +399,12 @@ def test_index_stays_in_memory_where_it_cannot_be_kept(tmp_path, kept, capsys):
     offsets.write_bytes(b"")
     with pytest.raises(data.InputError, match=f"{offsets.parent}: cannot be read .*; delete it"):
         data.Records([path], "pretrain")
+    offsets.unlink()
+    shard = data.Records([write_shard(tmp_path / "0.tar", SAMPLES)], "pretrain")
+    (rows,) = kept.glob("*/rows")
+    rows.write_bytes(bytes(rows.stat().st_size))  # as after a power cut
+    with pytest.raises(data.InputError, match=f"{rows}: damaged; delete the folder"):
+        shard[0]
 
 
 def test_records_nested_nearly_too_deep_are_refused_when_read_too(tmp_path):
@@ -430,6 +437,12 @@ def test_files_that_change_during_a_run_stop_it(tmp_path):
     records = data.Records([path], "pretrain")
     (tmp_path / "a.json").write_text("[")
     with pytest.raises(data.InputError, match="a.json has changed since this run began"):
+        records[1]
+    path = write_json(tmp_path / "b.json", [{"image": "a.jpg", "caption": "x"}] * 3)
+    records = data.Records([path], "pretrain")
+    assert records[0]["caption"] == "x"
+    write_json(tmp_path / "b.json", [{"image": "a.jpg", "caption": "y"}] * 3)  # while it is open, and as long as before
+    with pytest.raises(data.InputError, match="b.json has changed since this run began"):
         records[1]
     for number in (-1, 3):
         with pytest.raises(IndexError):
@@ -470,7 +483,9 @@ SHARD_NAMES = ["000.jpg", "b/../../001.PNG", "006.jpg"]  # those with a caption
 
 @pytest.mark.parametrize("keep", [False, True])
 def test_shards_hold_the_samples_that_have_a_caption(tmp_path, kept, monkeypatch, keep):
-    monkeypatch.setattr(data, "INDEX_KEPT_FROM", 0 if keep else 1 << 24)
+    monkeypatch.setattr(data, "INDEX_KEPT_FROM", 1 << 24)  # which is for lists: of shards, small ones are many
+    if not keep:
+        kept.write_text("a file where the folder would be")
     secret = write_shard(tmp_path / "secret.jpg", {})
     shard = write_shard(tmp_path / "0.tar", SAMPLES, {"x.jpg": secret, "x.txt": secret, "000.jpg": "000.jpg"})
     empty = write_shard(tmp_path / "1.tar", {})
@@ -482,7 +497,7 @@ def test_shards_hold_the_samples_that_have_a_caption(tmp_path, kept, monkeypatch
         assert [row["image"].open().read() for row in records] == [RED, BLUE, RED]
         assert data.read_image(records[1]["image"]).getpixel((3, 3))[2] > 250
         assert [row["image"] for row in pickle.loads(pickle.dumps(records))] == [row["image"] for row in records]
-    assert kept.exists() == keep
+    assert kept.is_dir() == keep
     changed = write_shard(tmp_path / "2.tar", SAMPLES | {"000.txt": b"a red cat\n"})
     digests = [data.Records([path], "pretrain").digest for path in (shard, changed)]
     assert len(set(digests)) == 2
@@ -640,6 +655,23 @@ def test_exif_rotation_is_applied_once_in_every_format(tmp_path, name):
         assert image.size == (48, 32) and np.abs(np.asarray(image)[..., 0].astype(int) - corner).max() < 40, orientation
         with data.open_image(tmp_path / name) as opened:
             assert data.turn_size(opened, opened.size) == (48, 32), orientation  # known before it is decoded
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.webp"])
+@pytest.mark.parametrize("tag, kind, turned", [
+    (0x0128, b"\2\0\2\0\0\0" b"2\0\0\0", True),  # the unit of the resolution as text
+    (0x0100, b"\2\0\4\0\0\0" b"640\0", True),  # the width as text
+    (0x8825, b"\4\0\1\0\0\0" b"\2\0\0\0", True),  # places that lie in the header
+    (None, None, False),
+])
+def test_exif_that_is_not_well_formed_spoils_no_image(tmp_path, name, tag, kind, turned):
+    """Bytes by hand: no writer makes them. Orientation 6, then a tag of a type that it should not have, or garbage."""
+    rows = struct.pack("<HHHLL", 2, 0x0112, 3, 1, 6) + struct.pack("<H", tag or 0) + (kind or b"") + bytes(4)
+    exif = b"Exif\0\0" + (b"II*\0\10\0\0\0" + rows if turned else b"garbage")
+    Image.new("RGB", (48, 32), "red").save(tmp_path / name, exif=exif)
+    assert data.read_image(tmp_path / name).size == ((32, 48) if turned else (48, 32))
+    with data.open_image(tmp_path / name) as opened:
+        assert data.turn_size(opened, opened.size) == ((32, 48) if turned else (48, 32))
 
 
 @pytest.mark.parametrize("width, height", [(50_000, 50_000), (20_000, 10_000), (10_001, 10_000), (10_000, 10_000)])
@@ -872,7 +904,8 @@ def test_batches_of_shards_and_lists_are_the_same_for_any_number_of_workers(pair
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, pretrain_files=files))
     dataset = data.training_set(config, "pretrain")
     ids = [data.hash63(row["image"]) for row in rows]
-    cut, *good = (data.hash63(f"{shard}/{name}") for shard in shards[::-1] for name in SHARD_NAMES)
+    digests = (index.digest for index in dataset.records.indices[1:3])  # wherever the shards lie
+    cut, *good = (data.hash63(f"{digest}/{name}") for digest in digests for name in SHARD_NAMES)
     seen = [dataset[0, index]["image_id"] for index in range(11)]
     assert seen[:3] + seen[4:] == ids[:3] + good + ids[3:5] and cut not in seen
     ((path, reason),) = dataset[0, 3]["replaced"]
@@ -1006,6 +1039,8 @@ def test_check_counts_what_is_missing_and_cut(pairs, tmp_path, tokenizer, capsys
         config.data, tokenizer=str(tmp_path / "vocab.txt"), max_words=3, pretrain_files=[pretrain], retrieval="tiny",
         retrieval_sets=sets, grounding_boxes=None, foils=None)
     config = dataclasses.replace(config, data=files, pretrain=dataclasses.replace(config.pretrain, max_tokens=5))
+    assert data.check(config, "pretrain") and capsys.readouterr().out.count("2 records; 0 of 2") == 1  # val is not read
+    config = dataclasses.replace(config, eval_every_steps=1)
     assert data.check(config, "pretrain")
     out = capsys.readouterr().out
     assert f"{pretrain}: 12 records; 0 of 12 images missing" in out and out.count("2 records; 0 of 2") == 2
@@ -1090,12 +1125,12 @@ def test_check_finds_what_training_would_refuse_or_learn_nothing_from(pairs, tmp
 def test_load_nlvr2_and_entailment(pairs, tmp_path):
     rows, config = pairs
     root = str(tmp_path)
-    loaded = data.load_nlvr2(write_json(tmp_path / "r.json", task_rows(rows, "nlvr2")), config)
+    loaded = data.load_labelled("nlvr2", write_json(tmp_path / "r.json", task_rows(rows, "nlvr2")), config)
     assert len(loaded) == 12 and [row["label"] for row in loaded[:4]] == [1, 0, 1, 0]
     assert loaded[1] == {"images": [f"{root}/1.png", f"{root}/11.png"], "text": "the left a dog", "label": 0}
     entailment = task_rows(rows, "entailment")
     entailment[2]["image"] = "2.PNG"
-    loaded = data.load_entailment(write_json(tmp_path / "r.json", entailment), config)
+    loaded = data.load_labelled("entailment", write_json(tmp_path / "r.json", entailment), config)
     assert len(loaded) == 12 and loaded[1] == {"image": f"{root}/1.jpg", "text": "a dog", "label": 1}
     assert loaded[2]["image"] == f"{root}/2.PNG"
 
@@ -1323,6 +1358,16 @@ def test_check_of_the_other_tasks(pairs, tmp_path, tokenizer, capsys):
     assert "of 12 questions 0 are empty, 0.0% cut at 30 words, 100.0% cut at 3 tokens" in out
     assert f"of 4 questions 0 are empty, 0.0% cut at 50 words, 0.0% cut at {config.model.max_positions} tokens" in out
     assert out.count("of 24 answers 50.0% are in ") == 1  # 3 of 4 answers, then none of 2, four times
+    assert "; 0 of 12 records have none" in out
+    questions = task_rows(rows, "vqa")
+    write_json(tmp_path / "vqa0.json", [*questions[:10], questions[10] | {"answer": []}, questions[11] | {"answer": " "}])
+    assert not data.check(config, "vqa")
+    out = capsys.readouterr().out
+    assert "; 2 of 12 records have none" in out and "more than max_bad_image_share (0.01) of 12 records" in out
+    write_json(tmp_path / "vqa0.json", [questions[0], questions[1] | {"image": "/export/1.jpg"}])
+    assert not data.check(config, "vqa")
+    assert "vqa0.json: record 1 (from 0): image '/export/1.jpg' lies outside image_root" in capsys.readouterr().out
+    write_json(tmp_path / "vqa0.json", questions)
     assert data.check(config, "nlvr2")
     assert "of 12 sentences 0 are empty" in capsys.readouterr().out
     assert not data.check(config, "entailment")

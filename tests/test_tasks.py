@@ -205,9 +205,10 @@ def test_evaluation_cuts_texts_where_the_run_cut_them_and_says_what_it_reads(run
 
 def test_figures_of_a_file_that_is_trained_on_are_told_from_others(runs, tmp_path):
     file = commands.scenes_folder() / "vqa_train.json"
-    for files in ("val", "test"):
+    for files, trained_on in (("val", file), ("test", file.parent / "vqa_t?ain.json")):
         result = run(tmp_path, "train.py", "vqa", "--start", runs.out / "pretrain", "--out", tmp_path / files,
-                     *runs.arguments, "vqa.epochs=0", "data.vqa={val: null, test: null}", f"data.vqa.{files}={file}")
+                     *runs.arguments, "vqa.epochs=0", f"data.vqa={{train: ['{trained_on}'], val: null, test: null}}",
+                     f"data.vqa.{files}={file}")
         assert result.err.count(f"{file}, for {files}, is among the files trained on") == 1, result.err
 
 
