@@ -154,7 +154,8 @@ def image_batches(paths, indices, config, device, multiple=1):
     """
     dataset = data.ImageDataset([paths[i] for i in indices], config.model.image_size)
     size = config.eval.batch_size * multiple
-    loader = torch.utils.data.DataLoader(dataset, size, num_workers=config.num_workers)
+    loader = torch.utils.data.DataLoader(dataset, size, num_workers=config.num_workers,
+                                         worker_init_fn=data.outlive_signals)  # in the midst of a training
     for start, images in zip(range(0, len(indices), size), loader):
         yield indices[start : start + size], softmask.normalize(images.to(device).float().div_(255))
 
@@ -552,6 +553,12 @@ def lacking(task, config, split) -> str | None:
     return None if os.path.isfile(file) else f"data.{part}.{split}: {file} is missing"
 
 
+def find_first(images, file):
+    """InputError where the first of the images of a file, if any, is not there."""
+    if images and not os.path.isfile(images[0]):
+        raise data.InputError(f"{images[0]}: no such file, the first image of {file}; see the image_root beside it")
+
+
 def look_ahead(task, config):
     """Read what a task will be evaluated on, and look for the first image, so that a mistake there costs no training.
 
@@ -574,8 +581,7 @@ def look_ahead(task, config):
             images, _, _ = data.load_retrieval(file, files.image_root, config.data.max_words)
         else:
             images = [image for row in load_rows(task, file, config)[:1] for image in row.get("images", [row.get("image")])]
-        if images and not os.path.isfile(images[0]):
-            raise data.InputError(f"{images[0]}: no such file, the first image of {file}; see the image_root beside it")
+        find_first(images, file)
     if task == "vqa" and (files.val or files.test):
         data.load_answers(files.answers)
     for path in (config.data.grounding_boxes, config.data.foils) if task == "pretrain" else ():
@@ -630,7 +636,8 @@ def score(task, metrics) -> float:
 
 
 def evaluate_pretrained(model, tokenizer, config, out, split="test"):
-    """All figures of a pre-trained model, and a sheet of soft masks, out/masks.png, of the first images and captions.
+    """All figures of a pre-trained model, and a sheet of soft masks, out/masks.png (of val: out/masks_val.png), of the
+    first images and captions.
 
     Process 0 alone measures pointing and foils, whose files are of test, and draws; all processes share the retrieval.
     """
@@ -657,7 +664,8 @@ def evaluate_pretrained(model, tokenizer, config, out, split="test"):
         firsts = np.unique(image_of_text, return_index=True)[1][: config.eval.pictures]  # the first caption of an image
         api = softmask.Pretrained(model, tokenizer, max_tokens, config.data.max_words)
         try:
-            draw_masks(api, [(paths[image_of_text[t]], captions[t]) for t in firsts], os.path.join(out, "masks.png"))
+            sheet = os.path.join(out, "masks.png" if split == "test" else f"masks_{split}.png")
+            draw_masks(api, [(paths[image_of_text[t]], captions[t]) for t in firsts], sheet)
         except OSError as error:  # the figures are worth more
             print(f"no picture of masks: {error}", file=sys.stderr)
     if config.data.foils is not None and split == "test":
@@ -673,6 +681,7 @@ def watch_pretraining(tokenizer, config, out):
     if files.val is None:
         raise data.InputError(f"eval_every_steps: data.retrieval_sets.{config.data.retrieval}.val is null; name a file")
     paths, captions, image_of_text = data.load_retrieval(files.val, files.image_root, config.data.max_words)
+    find_first(paths, files.val)
     max_tokens = data.evaluation_max_tokens(config, "pretrain")
     tokenize = functools.partial(softmask.tokenize, tokenizer, max_tokens=max_tokens)
 
@@ -909,14 +918,22 @@ def read_runs(folders) -> dict:
     Settings that only ever change together are one: {"method.distort_blur, method.distort_hue": "0.5, 0.1"}. Of many, such
     as those that older runs lack, seven are named.
     """
-    files = sorted({file for folder in folders for file in pathlib.Path(folder).rglob("metrics.json")})
+    found = {folder: list(pathlib.Path(folder).rglob("metrics.json")) for folder in folders}
+    files = sorted(set(itertools.chain(*found.values())))
+    lack = ", ".join(str(folder) for folder in folders if not found[folder])
+    lack = f"no metrics.json in {lack}, which a run writes at its end"
     if not files:
-        raise data.InputError(f"no metrics.json in {', '.join(map(str, folders))}, which a run writes at its end")
+        raise data.InputError(lack)
+    if not all(found.values()):
+        print(lack, file=sys.stderr)
     runs = {}
     for file in files:
         run = read_run(file)
-        settings, figures = run["settings"], headline(run["metrics"])
-        entry = settings, settings.pop("seed"), figures
+        try:
+            settings, figures = run["settings"], headline(run["metrics"])
+            entry = settings, settings.pop("seed"), figures
+        except (AttributeError, KeyError, TypeError) as error:
+            raise data.InputError(f"{file} is no metrics.json of this version ({error!r})") from None
         if figures and entry not in runs.get(run["task"], []):  # a copy is no second run
             runs.setdefault(run["task"], []).append(entry)
     if not runs:
@@ -1103,21 +1120,27 @@ def load_for(task, path, device):
     return model, tokenizer, checkpoint
 
 
-def as_trained(config, checkpoint, model, overrides, path):
-    """config, with what the checkpoint at path says of its model, how texts are cut, and the precision.
+def as_trained(config, checkpoint, model, evaluated, overrides, path):
+    """config, with what the checkpoint at path says of its model, how its own texts are cut, and the precision.
 
-    overrides: of the command line; their precision goes before, and one that would change the model is an InputError.
+    evaluated: the task, of which max_tokens is config's, where it is another than the checkpoint's. overrides: of the
+    command line; their precision goes before, and one that would change the rest is an InputError.
     """
     asked, known, task = data.config_to_dict(config), checkpoint["config"], checkpoint["task"]
+    size = {"image_size": model.encoders.vision.grid * model.encoders.vision.patch_size}
     fixed = {name: known[name] for name in ("model", "method", task)}
-    fixed["model"] = fixed["model"] | {"image_size": model.encoders.vision.grid * model.encoders.vision.patch_size}
-    for word in overrides:
-        section, _, name = word.partition("=")[0].partition(".")
-        counts = section in ("model", "method") or (section == task and name in ("image_size", "max_tokens"))
-        if counts and name and asked[section][name] != fixed[section][name]:
-            command = f"python train.py {task} --start {path} {task}.epochs=0 {word} --out NEW"
-            raise data.InputError(f"{path} has {section}.{name} {fixed[section][name]}; under another evaluates {command}")
+    fixed["model"] = fixed["model"] | size
     fixed["data"] = asked["data"] | {"max_words": known["data"]["max_words"]}
+    counting = [f"{part}.{name}" for part in ("model", "method") for name in fixed[part]]
+    counting += [f"{task}.max_tokens", f"{task}.image_size", f"{evaluated}.image_size", "data.max_words", "data.tokenizer"]
+    has = flatten(fixed | {name: fixed.get(name, {}) | size for name in (task, evaluated)})
+    has, wanted = has | {"data.tokenizer": known["data"]["tokenizer"]}, flatten(asked)
+    for word in overrides:
+        key, _, text = word.partition("=")
+        for name in flatten({key: data.parse_yaml(text)}):
+            if name in counting and wanted[name] not in (None, has[name]):
+                command = f"python train.py {task} --start {path} {task}.epochs=0 {word} --out NEW"
+                raise data.InputError(f"{path} has {name} {has[name]}; under another evaluates {command}")
     if not any(word.startswith("precision=") for word in overrides):
         fixed["precision"] = known["precision"]
     return data.config_from_dict(asked | fixed, path)
@@ -1132,11 +1155,18 @@ def main(arguments):
     parser.add_argument("--image", help="masks: your own image")
     parser.add_argument("--text", help="masks: your own sentence")
     parser.add_argument("--split", default="test", choices=("val", "test"), help="split to evaluate on")
-    parser.add_argument("--out", help="masks: the PNG to write (default: IMAGE_masks.png or scenes_masks.png beside it)")
+    parser.add_argument("--out", help="masks: the PNG to write (default: beside the checkpoint IMAGE_masks.png, or "
+                        "scenes_masks.png)")
     parser.add_argument("--record", action="store_true", help="check: write the figures of DIR... as the recorded ones")
     options = parser.parse_intermixed_args(arguments)
     overrides = [word for word in options.words if "=" in word]
     task, *rest = [word for word in options.words if "=" not in word] or [""]
+    if task in ("table", "curve", "check"):
+        rest += [word for word in overrides if os.path.isdir(word)]
+        unread = [word for word in overrides if not os.path.isdir(word)]
+        unread += [f"--{name}" for name in ("scale", "checkpoint", "image", "text", "out") if getattr(options, name) is not None]
+        if unread or options.record and task != "check":
+            raise data.InputError(f"{task} takes folders of runs, not {', '.join(unread or ['--record'])}")
     if task == "table":
         print("\n\n".join(f"{name}\n\n{tabulate(runs)}" for name, runs in read_runs(rest or ["out"]).items()))
         return 0
@@ -1150,8 +1180,10 @@ def main(arguments):
         raise data.InputError(f"{' '.join([task, *rest])!r} is none of {', '.join([*tasks, 'table', 'curve', 'check'])}")
     if options.out is not None and task != "masks":
         raise data.InputError(f"--out is for masks; the figures of {task} are printed, its answers lie beside the checkpoint")
-    if options.image is not None and task != "masks":
-        raise data.InputError(f"--image is for masks; {task} is evaluated on the files of its scale")
+    if (options.image, options.text) != (None, None) and task != "masks":
+        raise data.InputError(f"--image and --text are for masks; {task} is evaluated on the files of its scale")
+    if options.record:
+        raise data.InputError("--record is for check")
     scale = options.scale or "scenes"
     config = data.load_config(scale, overrides)
     join_processes(config)
@@ -1162,7 +1194,7 @@ def main(arguments):
             wanted = f"--scale {checkpoint['config']['scale']}, of its training, or --scale {scale}"
             raise data.InputError(f"{path}: on the files of which scale? Give {wanted}")
         config = with_scenes(config)
-    config = as_trained(config, checkpoint, model, overrides, path)
+    config = as_trained(config, checkpoint, model, checkpoint["task"] if task == "masks" else task, overrides, path)
     folder = path if os.path.isdir(path) else os.path.dirname(path)
     if task == "masks":
         name = f"{os.path.splitext(os.path.basename(options.image or 'scenes'))[0]}_masks.png"

@@ -388,12 +388,31 @@ def test_masks_of_an_image_of_ones_own(mode, size, name, text, words, trained, t
     (["pretrain", "model.vision_width=64"], "has model.vision_width 32; under another evaluates python train.py pretrain"),
     (["pretrain", "pretrain.image_size=64"], "has pretrain.image_size "),
     (["pretrain", "--checkpoint", "none"], "none: no such file, and no folder with best.pt or checkpoint.pt"),
-    (["check", "none"], "none: no metrics.json there, which a run of train.py leaves"),
-    (["curve", "none"], "none: no log.jsonl there, which a run of train.py leaves"),
+    (["pretrain", "model={vision_width: 64}"], "has model.vision_width 32; under another evaluates"),
+    (["pretrain", "data.max_words=2"], "has data.max_words 30; under another evaluates"),
+    (["pretrain", "data.tokenizer=vocab.txt"], "has data.tokenizer {scenes}/vocab.txt; under another evaluates"),
+    (["retrieval", "retrieval.image_size=384"], "has retrieval.image_size 32; under another evaluates python train.py"),
+    (["retrieval", "--text", "a dog"], "--image and --text are for masks"),
+    (["pretrain", "--record"], "--record is for check"),
     (["pretrain", "--checkpoint", "config.yaml"], "config.yaml is no checkpoint that can be read safely"),
+    (["check", "none"], "check takes folders of runs, not data.scenes"),
+    (["table", "--record"], "table takes folders of runs, not data.scenes"),
 ])
 def test_bad_command_line_is_one_line(arguments, message, trained, tmp_path):
     result = run(tmp_path, "eval.py", "--checkpoint", trained.out, *trained.arguments, "eval.pictures=1", *arguments)
+    line = [line for line in result.err.splitlines() if line.startswith("error: ")]
+    assert result.status == 2 and len(line) == 1 and message in line[0] and "Traceback" not in result.err, result.err
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["check", "none"], "none: no metrics.json there, which a run of train.py leaves"),
+    (["curve", "none"], "none: no log.jsonl there, which a run of train.py leaves"),
+    (["check", "lr=none"], "check takes folders of runs, not lr=none"),
+    (["curve", "none", "--scale", "paper"], "curve takes folders of runs, not --scale"),
+    (["table", "none", "--record"], "table takes folders of runs, not --record"),
+])
+def test_bad_folders_of_runs_are_one_line(arguments, message, tmp_path):
+    result = run(tmp_path, "eval.py", *arguments)
     line = [line for line in result.err.splitlines() if line.startswith("error: ")]
     assert result.status == 2 and len(line) == 1 and message in line[0] and "Traceback" not in result.err, result.err
 

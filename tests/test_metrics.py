@@ -327,3 +327,15 @@ def test_table_refuses_what_is_no_run(tmp_path):
     (tmp_path / "metrics.json").write_text("[]")
     with pytest.raises(data.InputError, match="was not written by train.py"):
         evaluation.main(["table", str(tmp_path)])
+    run = {"task": "pretrain", "seed": 1, "step": 2, "settings": {"seed": 1}, "metrics": {"zero_shot": {}}}
+    for fault in ({}, {"settings": {}}, {"metrics": []}):
+        (tmp_path / "metrics.json").write_text(json.dumps(run | fault))
+        with pytest.raises(data.InputError, match="metrics.json is no metrics.json of this version"):
+            evaluation.main(["table", str(tmp_path)])
+
+
+def test_table_names_folders_without_a_run_and_takes_names_with_an_equals_sign(tmp_path, capsys):
+    write_run(tmp_path / "lr=1", 1, 10.0)
+    evaluation.main(["table", str(tmp_path / "lr=1"), str(tmp_path / "lr2")])
+    printed = capsys.readouterr()
+    assert "| 1 | 10.0 |" in printed.out and printed.err == f"no metrics.json in {tmp_path / 'lr2'}, which a run writes at its end\n"
