@@ -1438,6 +1438,7 @@ def check(config, task):
     listed += [(path, evaluated, evaluation, evaluation_layout(evaluated), evaluation_max_tokens(config, task))
                for path in (val, evaluation.test) if path is not None]
     others = {"model.vision_weights": config.model.vision_weights, "model.text_weights": config.model.text_weights,
+              f"{task}.start": None if settings.start in TASKS else settings.start,
               "data.grounding_boxes": data.grounding_boxes, "data.foils": data.foils}
     for key, path in others.items():
         if path is not None and not os.path.exists(path):

@@ -29,7 +29,7 @@ A line of log.jsonl, means over the steps since the line before and over all pro
   grad_norm          length of the whole gradient, before clipping
   bad_images         records replaced so far, because their image or caption could not be used
   skipped_steps      steps left out so far, their loss or gradient not being finite; the means of what depends on the
-                     batch are without them
+                     batch are without them, but for truncated
   truncated          share of texts cut at the task's max_tokens
   pairs              records seen so far, over all processes
   txt_r1, img_r1     R@1 by ITC on val, 0 to 100: in pre-training every eval_every_steps, and then at its end too
@@ -40,12 +40,14 @@ import argparse
 import contextlib
 import dataclasses
 import fcntl
+import fnmatch
 import functools
 import itertools
 import json
 import math
 import multiprocessing
 import os
+import pathlib
 import signal
 import subprocess
 import sys
@@ -67,8 +69,8 @@ import eval as evaluation
 import softmask
 
 # Settings that do not change what a run computes: a run may go on under other values of them.
-FREE_SETTINGS = {"num_workers", "device", "compile", "checkpointing", "checkpoint_every_steps", "eval_every_steps",
-                 "max_bad_image_share", "max_skipped_steps", "eval.batch_size", "eval.pictures", "scale",
+FREE_SETTINGS = {"num_workers", "device", "compile", "checkpointing", "log_every_steps", "checkpoint_every_steps",
+                 "eval_every_steps", "max_bad_image_share", "max_skipped_steps", "eval.batch_size", "eval.pictures", "scale",
                  "data.grounding_boxes", "data.foils"}
 # Likewise, wherever they stand: accumulation is as good as processes, pairs a step are checked; test is read after the
 # training; annotation files are compared by content, and they and the images may have moved.
@@ -407,7 +409,8 @@ class Run:
     def resume(self, model, optimizer):
         """Go on from the folder's checkpoint: weights, twin, queues, optimizer, step. Returns whether there is one.
 
-        The log is cut to the checkpoint's step: a kill leaves lines beyond it, and may cut the last one.
+        InputError where the files of a run are there without one: a new run would take their place bit by bit. The log is
+        cut to the checkpoint's step: a kill leaves lines beyond it, and may cut the last one.
         """
         found = os.path.exists(self.checkpoint_file)
         if found:
@@ -421,6 +424,9 @@ class Run:
                     f"{self.checkpoint_file} is no checkpoint of this version ({error!r}); give --out another folder, or "
                     "--fresh to start over"
                 ) from None
+        elif any(os.path.exists(path) for path in (self.best_file, os.path.join(self.out, "metrics.json"))):
+            raise data.InputError(f"{self.out} holds a run without its checkpoint.pt; give --out another folder, or --fresh "
+                                  "to start over")
         device = evaluation.resolve_device(self.config)
         steps = softmask.gather(torch.tensor([self.step], device=device)).tolist()
         if len(set(steps)) > 1:
@@ -430,8 +436,11 @@ class Run:
             )
         log = os.path.join(self.out, "log.jsonl")
         if evaluation.rank() == 0 and os.path.isfile(log):
-            with open(log, encoding="utf-8") as file:
-                lines = [line for line in file if line.endswith("\n") and json.loads(line)["step"] <= self.step]
+            try:
+                with open(log, encoding="utf-8") as file:
+                    lines = [line for line in file if line.endswith("\n") and json.loads(line)["step"] <= self.step]
+            except (KeyError, TypeError, ValueError):
+                raise data.InputError(f"{log} is damaged; move it away, and the same command goes on without it") from None
             data.write_atomically(log, "".join(lines).encode())
         if found and self.step == self.total_steps:
             say(f"finished: {self.checkpoint_file} is at step {self.step} of {self.total_steps}; --fresh starts over")
@@ -474,9 +483,12 @@ class Run:
         if evaluation.world_size() > 1:
             dist.barrier()  # a process may still read them
         if evaluation.rank() == 0:
-            for name in ("checkpoint.pt", "best.pt", "log.jsonl", "metrics.json", "answers_val.json", "answers_test.json"):
+            names = ["checkpoint.pt", "best.pt", "log.jsonl", "metrics.json", "answers_val.json", "answers_test.json"]
+            names += fnmatch.filter(os.listdir(self.out), "masks*.png")
+            for name in [*names, ".fresh"]:
                 with contextlib.suppress(FileNotFoundError):
                     os.remove(os.path.join(self.out, name))
+        signals.command += " without --fresh"
 
     def count(self, batch):
         """Count the records of a batch and those of them that were replaced; too many of these stop the run."""
@@ -780,6 +792,8 @@ def run_task(task_name, config, settings, out, fresh):
         say(f"{task_name}: {count / 1e6:.1f}M parameters, {len(dataset)} records, {run.total_steps} steps of "
             f"{run.global_batch} pairs, {world} process{'es' * (world > 1)} on {device}, {config.precision}"
             + f"; {dataset.records.left_out} samples without a caption left out" * bool(dataset.records.left_out))
+        if task.warmup_steps >= run.total_steps:
+            say(f"{task_name}.warmup_steps ({task.warmup_steps}) are no fewer than its steps: lr is never reached")
         sampler = data.ShuffledBatches(len(dataset), *blocks, run.step)
         pinned = device.type == "cuda"
         loader = data.make_loader(dataset, sampler, tokenizer, task.max_tokens, config.num_workers, pinned)
@@ -797,6 +811,8 @@ def run_task(task_name, config, settings, out, fresh):
             dist.barrier()  # process 0 may still be writing it
         softmask.load_weights(model, softmask.read_checkpoint(run.best_file)["model"])
     metrics = {"val": run.best["metrics"], "best_epoch": run.best["epoch"]} if run.best else {"val": evaluate(model)}
+    if task_name == "vqa" and run.best and run.best["epoch"] < task.epochs:
+        evaluate(model)  # answers_val.json are those of the best epoch, as the metrics are
     return run.step, metrics | {"test": evaluate(model, "test")}
 
 
@@ -835,7 +851,7 @@ def parse(arguments):
         raise data.InputError(f"task {' '.join(words)!r} is none of {', '.join(data.TASKS)}")
     options.task = words[0]
     if options.start is not None:
-        overrides.append(f"{options.task}.start={json.dumps(options.start)}")
+        overrides.append(f"{options.task}.start={json.dumps(options.start, ensure_ascii=False)}")
     options.config = data.load_config(options.scale, overrides)
     options.out = options.out or os.path.join("out", options.scale, options.task)
     return options
@@ -852,10 +868,15 @@ def main(arguments):
         raise data.InputError(f"--out {options.out} is a file; give it a folder")
     os.makedirs(options.out, exist_ok=True)
     with locked(options.out):
-        fresh = options.fresh and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"  # torchrun's restarts go on
-        signals.command += " without --fresh" * fresh
+        marker = os.path.join(options.out, ".fresh")  # there until one of torchrun's starts has started over
+        starts = os.environ.get("TORCHELASTIC_RESTART_COUNT")  # of torchrun; those after the one that did go on
+        fresh = options.fresh and (starts in (None, "0") or os.path.exists(marker))
+        if fresh and starts and evaluation.rank() == 0:
+            pathlib.Path(marker).touch()
         if evaluation.world_size() > 1:
             dist.barrier()
+        if not os.path.exists(os.path.join(options.out, ".lock")):  # process 0 has made it
+            raise data.InputError(f"--out {options.out} is not shared; give a folder that all machines see")
         settings = data.config_to_dict(options.config)
         step, metrics = run_task(options.task, config, settings, options.out, fresh)
         if evaluation.rank() == 0:

@@ -703,3 +703,15 @@ def test_fresh_holds_for_the_first_of_torchruns_starts(whole, tmp_path, monkeypa
     start("--fresh", "--out", tmp_path, *SETTINGS)
     assert "finished:" in capsys.readouterr().out
     assert_same_run(tmp_path, whole)
+
+
+def test_fresh_holds_until_one_of_torchruns_starts_has_got_as_far(whole, fails, tmp_path, monkeypatch, capsys):
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    assert "none.pt" in fails(start, "--fresh", "--out", tmp_path, *SETTINGS, "--start", "none.pt")
+    assert load(tmp_path)["step"] == load(whole)["step"]  # as it was
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    start("--fresh", "--out", tmp_path, *SETTINGS, "pretrain.epochs=0")
+    assert load(tmp_path)["step"] == 0
+    start("--fresh", "--out", tmp_path, *SETTINGS, "pretrain.epochs=0")
+    assert "finished:" in capsys.readouterr().out

@@ -212,6 +212,25 @@ def test_figures_of_a_file_that_is_trained_on_are_told_from_others(runs, tmp_pat
         assert result.err.count(f"{file}, for {files}, is among the files trained on") == 1, result.err
 
 
+def test_answers_on_val_are_those_of_the_best_epoch(runs, tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import itertools, sys, torch, train\n"
+        "whole, worse = train.evaluation.evaluate, itertools.count(0, -1)\n"
+        "def spy(task, model, tokenizer, config, split, out):\n"
+        "    torch.save(model.state_dict(), f'{out}/{split}.pt')\n"
+        "    return whole(task, model, tokenizer, config, split, out)\n"
+        "train.evaluation.evaluate, train.evaluation.score = spy, lambda *_: float(next(worse))\n"
+        "sys.exit(train.main(sys.argv[1:]))\n"
+    )
+    out = tmp_path / "out"
+    result = run(tmp_path, program, "vqa", "--start", runs.out / "pretrain", "--out", out, *runs.arguments)
+    assert result.status == 0 and load(out)["best"]["epoch"] == 1 and load(out)["epoch"] == 2, result.err
+    best = load(out, "best.pt")["model"]
+    assert_same(load(out, "val.pt"), best)
+    assert_same(load(out, "test.pt"), best)
+
+
 def test_questions_without_answers_are_answered_and_not_judged(runs, tmp_path):
     file = tmp_path / "questions.json"
     rows = json.loads((commands.scenes_folder() / "vqa_test.json").read_text())

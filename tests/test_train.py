@@ -659,6 +659,26 @@ def test_signal_outside_of_steps_ends_at_once(function, arguments, step, tmp_pat
     assert "retrieval" not in arguments or load(out)["best"] and load(out)["validated"] == 2
 
 
+def test_signal_while_an_evaluation_watches_ends_the_step_with_a_checkpoint(tmp_path):
+    """It goes to the loader workers of the evaluation, too, as that of timeout(1) and of batch systems does."""
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import multiprocessing, os, signal, sys, data, train\n"
+        "whole, sent = train.evaluation.image_batches, []\n"
+        "def spy(*arguments):\n"
+        "    for batch in whole(*arguments):\n"
+        "        for process in [*multiprocessing.active_children(), multiprocessing.current_process()] * (not sent):\n"
+        "            os.kill(process.pid, signal.SIGTERM)\n"
+        "        sent.append(0)\n"
+        "        yield batch\n"
+        "train.evaluation.image_batches = spy\n" + STOPPABLE
+    )
+    result = run(tmp_path, program, "--out", tmp_path / "out", *TINY, "num_workers=2", "eval_every_steps=1")
+    assert result.status == 143, result.err
+    assert stopped_lines(result) == ["stopped by SIGTERM at step 1 of 12; the same command goes on from there"]
+    assert load(tmp_path / "out")["step"] == 1 and "txt_r1" in read_log(tmp_path / "out")[0]
+
+
 def test_signal_while_one_process_has_not_begun_to_train(tmp_path):
     """It ends at once; the other notices that before its own signal comes."""
     program = tmp_path / "program.py"
@@ -695,6 +715,34 @@ def test_second_signal_ends_what_hangs(tmp_path):
 # Resumption that cannot be, starts from elsewhere
 
 
+def test_a_run_without_its_checkpoint_is_not_written_over(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "out")
+    os.remove(tmp_path / "out" / "checkpoint.pt")
+    (tmp_path / "out" / "masks_3.png").touch()
+    command = ["train.py", "--out", tmp_path / "out", *TINY, NO_EVALUATION]
+    assert "holds a run without its checkpoint.pt" in run(tmp_path, *command).error
+    assert len(read_log(tmp_path / "out")) == 12 and (tmp_path / "out" / "metrics.json").exists()
+    result = run(tmp_path, *command, "--fresh", "pretrain.warmup_steps=12")
+    assert result.status == 0 and "pretrain.warmup_steps (12) are no fewer than its steps" in result.out
+    assert load(tmp_path / "out")["step"] == 12 and not (tmp_path / "out" / "masks_3.png").exists()
+
+
+def test_a_damaged_line_of_the_log_is_named(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "out")
+    for line in ("{}", "[", "\0"):
+        (tmp_path / "out" / "log.jsonl").write_text(line + "\n")
+        error = run(tmp_path, "train.py", "--out", tmp_path / "out", *TINY, NO_EVALUATION).error
+        assert error.startswith(f"{tmp_path / 'out' / 'log.jsonl'} is damaged")
+
+
+def test_a_folder_that_machines_do_not_share_is_found_at_once(tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text("import os, sys, train\nsys.argv[2] += os.environ['RANK']\n" + STOPPABLE)
+    result = run(tmp_path, program, "--out", tmp_path / "out", *TINY, *PAIR, processes=2, timeout=30)
+    assert f"error: --out {tmp_path / 'out1'} is not shared" in result.err and 0 not in result.status
+    assert not read_log(tmp_path / "out0")
+
+
 @pytest.mark.parametrize("change, named", [
     (["method.focal_gamma=1.0"], "method.focal_gamma: 2.0 then, 1.0 now"),
     (["model.dropout=0.1", "pretrain.epochs=2"], "pretrain.epochs: 1 then, 2 now"),
@@ -718,7 +766,7 @@ def test_what_the_best_epoch_is_chosen_by_may_not_change(tmp_path):
 
 def test_files_of_other_tasks_may_change_before_a_resumption(finished):
     others = ["data.vqa.test=null", "data.grounding.image_root=elsewhere", "vqa.lr=1e-3",
-              "data.retrieval_sets.scenes.val=null"]
+              "data.retrieval_sets.scenes.val=null", "log_every_steps=2"]
     result = run(finished, "train.py", "--out", finished, *TINY, NO_EVALUATION, *others)
     assert result.status == 0, result.err
 
@@ -823,6 +871,7 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch, capsys):
     (["log_every_steps=3", "eval_every_steps=4"], "eval_every_steps (4) must be a multiple of log_every_steps (3)"),
     (["eval_every_steps=1", "data.retrieval_sets.scenes.val=none.json"], "none.json: cannot be read"),
     (["eval_every_steps=1", "data.retrieval_sets.scenes.val=null"], "data.retrieval_sets.scenes.val is null"),
+    (["eval_every_steps=1", "data.retrieval_sets.scenes.image_root=/none"], "no such file, the first image of"),
     (["pretrain.batch_size=500"], "96 records are fewer than the 500 of one step"),
     (["pretrain", "retrieve"], "task 'pretrain retrieve' is none of pretrain"),
     (["dream"], "task 'dream' is none of pretrain"),
@@ -831,6 +880,7 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch, capsys):
     (["data.tokenizer=none/vocab.txt"], "tokenizer 'none/vocab.txt': no such file"),
     (["data.tokenizer=config.yaml"], "config.yaml is no BERT vocabulary"),
     (["--start", "none.pt"], "none.pt: no such file"),
+    (["--start", "\U0001f600.pt"], "\U0001f600.pt: no such file"),
     (["--start", "config.yaml"], "config.yaml is no checkpoint that can be read safely"),
     (["model.vision_weights=config.yaml"], "config.yaml is no checkpoint that can be read safely"),
     (["model.text_weights=none.safetensors"], "none.safetensors"),
@@ -982,6 +1032,8 @@ def test_check_counts_and_names_what_is_missing(own_files, tmp_path):
     assert f"missing or empty: {own_files[2] / '9.jpg'}" in result.out and "2 are empty" in result.out
     result = run(tmp_path, "train.py", "check", *TINY, NO_EVALUATION)
     assert result.status == 1 and "none.json: cannot be read" in result.out
+    result = run(tmp_path, "train.py", "check", *TINY, "--start", tmp_path / "none.pt")
+    assert result.status == 1 and f"pretrain.start: {tmp_path / 'none.pt'} is missing" in result.out
     assert not os.path.exists(tmp_path / "out")
 
 
