@@ -464,8 +464,8 @@ def task_settings(config, task):
 
 
 def evaluation_max_tokens(config, task):
-    """The tokens at which texts are cut in evaluation: ALBEF cuts captions alone, [ALBEF]; of pre-training where it cut
-    them in training [ours; ALBEF: retrieval's 30]"""
+    """The number of tokens at which a task's texts are cut in evaluation: captions at max_tokens of pre-training [ours;
+    ALBEF: retrieval's 30] or retrieval, other texts where the positions end [ALBEF]."""
     cut = task in ("pretrain", "retrieval")
     return getattr(config, task).max_tokens if cut else config.model.max_positions
 
@@ -1083,7 +1083,7 @@ class TrainingSet(Dataset):
         the bad records passed over; and what _targets adds. InputError after MAX_TRIES bad ones.
         """
         epoch, index = key
-        purpose = "pair" if self.task == "pretrain" else self.task  # as it was called first: a new name, other draws
+        purpose = "pair" if self.task == "pretrain" else self.task  # another name would change every run's draws
         generator = torch.Generator().manual_seed(hash63(purpose, self.seed, epoch, index))
         replaced = []
         for _ in range(MAX_TRIES):
@@ -1453,6 +1453,10 @@ def check(config, task):
     except ValueError as error:
         print(f"data.tokenizer: {error}")
         tokenizer, found = None, False
+    places = [os.path.realpath(path) for entry in trained for path in glob.glob(entry) or [entry]]
+    for path, count in collections.Counter(places).items():
+        if count > 1:
+            print(f"{path} is listed {count} times, and trained on as often")
     for number, (path, kind, files, layout, max_tokens) in enumerate(listed):
         training = number < len(trained)
         try:

@@ -44,6 +44,7 @@ Index
   from_pretrained                   a trained model on your own image and sentence
 """
 
+import contextlib
 import copy
 import functools
 import math
@@ -176,8 +177,7 @@ class VisionTransformer(nn.Module):
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.apply(functools.partial(init_weights, std=width**-0.5))
         nn.init.trunc_normal_(self.cls_token, std=0.02)
-        with torch.no_grad():
-            self.pos_embed[:, 1:] = sincos_pos_embed(self.grid, width)
+        self.pos_embed.data[:, 1:] = sincos_pos_embed(self.grid, width)
 
     def forward(self, image):
         side = self.grid * self.patch_size
@@ -334,8 +334,7 @@ class FusionEncoder(nn.Module):
         """Fuse R texts text_embeds (R, L, D) with the images they read.
 
         mask (R, L), or (R, L, L) where tokens differ; keys_mask (I, 1 + N), of keys_values: what may be attended.
-        image_index (n,) int64: the images that the last n rows read; those before, or all (None), are laid out image by
-        image, an equal number each.
+        image_index (n,) int64: the images of the last n rows; those before, or all (None), lie image by image, evenly.
         cls_only: the last layer makes the state of [CLS] alone, all that a match score reads; the same number, sooner.
         Returns states (R, L, D) or (R, 1, D), and attention_layer's probabilities (R, H, L, 1 + N), float32, or None.
         """
@@ -555,8 +554,8 @@ def itm_accuracy(logits, labels):
 def check_attention_layer(layer: int, fusion_layers: int):
     """ValueError for no fusion layer, from 0, or the last, where the gradient of a word's row is exactly zero."""
     if not 0 <= layer < fusion_layers - 1:
-        reason = "a word's row of the last fusion layer does not reach the match score"
-        raise ValueError(f"attention_layer {layer} gives no word attention: {reason}; take 0 to {fusion_layers - 2}")
+        reason = "no word's row of it reaches the match score"
+        raise ValueError(f"attention_layer {layer}: {reason}; take 0 to {fusion_layers - 2}")
 
 
 def word_attention(attention, match_logit):
@@ -1106,10 +1105,8 @@ ALBEF_TEXT_NAMES = (
 )
 """Part of ALBEF's parameter name -> ours, in this order; text_decoder. and text_encoder.bert. are as text_encoder."""
 
-NOT_OURS = re.compile(
-    r"position_ids$|cls\.predictions\.decoder\.|pooler\.|seq_relationship\.|visual_encoder(_m)?\.head\."
-    r"|^(image_queue|text_queue|idx_queue|queue_ptr)$"
-)
+NOT_OURS = re.compile(r"position_ids$|cls\.predictions\.decoder\.|pooler\.|seq_relationship\."
+                      r"|visual_encoder(_m)?\.head\.|^(image_queue|text_queue|idx_queue|queue_ptr)$")
 """What those checkpoints hold and we expect to leave: constants, tied copies, heads of other tasks, queues."""
 
 TASK_PARTS = ("temp", "itm_head", "ta_head", "encoders.cls_head", "encoders.decoder", "encoders.mlm_head",
@@ -1140,8 +1137,7 @@ def rename_albef(state: dict, text_layers: int) -> dict:
         if layer:
             i = int(layer[1]) - (0 if decoder else text_layers)
             name = f"fusion.layers.{i}.{layer[2]}" if i >= 0 else f"text.layers.{i + text_layers}.{layer[2]}"
-        if name.startswith(("temp", "itm_head.", "ta_head.")):
-            prefix = ""
+        prefix = "" if name.startswith(("temp", "itm_head.", "ta_head.")) else prefix
         if ".attn.qkv." in name:
             for part, chunk in zip(("query", "key", "value"), tensor.chunk(3)):
                 renamed[prefix + name.replace("qkv", part)] = chunk
@@ -1313,7 +1309,11 @@ class Pretrained:
     @torch.no_grad()
     def image_embeds(self, image):
         """image_embeds (1, 1 + N, D) of a PIL image of 8 bits a channel, which is turned as its EXIF says."""
-        vision, image = self.encoders.vision, ImageOps.exif_transpose(image).convert("RGB")
+        vision, image = self.encoders.vision, image.copy()
+        with contextlib.suppress(Exception):  # of a damaged EXIF
+            image.getexif()
+        image.info.pop("exif", None)  # it is read; after a turn it would be written anew, which odd tags make fail
+        image = ImageOps.exif_transpose(image).convert("RGB")
         pixels = TF.to_dtype(TF.to_image(square(image, vision.grid * vision.patch_size)), scale=True)
         return self.encoders.encode_image(normalize(pixels[None].to(self.model.temp)))  # its device and dtype
 

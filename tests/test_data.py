@@ -1102,17 +1102,20 @@ def test_check_finds_what_training_would_refuse_or_learn_nothing_from(pairs, tmp
     evaluation = write_json(tmp_path / "e.json", rows[:2])
     sets = {"tiny": data.Files(str(tmp_path), [], None, evaluation)}
 
-    def check(rows, vocabulary=VOCABULARY, batch_size=2):
+    def check(rows, vocabulary=VOCABULARY, batch_size=2, more=()):
         """Whether all is well, and what check prints."""
         (tmp_path / "vocab.txt").write_text("\n".join(vocabulary))
+        listed = [write_json(tmp_path / "p.json", rows), *more]
         files = dataclasses.replace(
-            config.data, tokenizer=str(tmp_path / "vocab.txt"), pretrain_files=[write_json(tmp_path / "p.json", rows)],
+            config.data, tokenizer=str(tmp_path / "vocab.txt"), pretrain_files=listed,
             retrieval="tiny", retrieval_sets=sets, grounding_boxes=None, foils=None)
         pretrain = dataclasses.replace(config.pretrain, batch_size=batch_size)
         found = data.check(dataclasses.replace(config, data=files, pretrain=pretrain), "pretrain")
         return found, capsys.readouterr().out
 
     found, out = check(rows)
+    assert "is listed" not in out
+    assert f"{tmp_path}/p.json is listed 2 times, and trained on as often" in check(rows, more=[f"{tmp_path}/p*n"])[1]
     assert found and "0.0% of their word pieces are not in" in out
     found, out = check(rows, [*VOCABULARY[:5], "red"])
     assert not found and "85.7% of their word pieces are not in" in out  # 12 of 14

@@ -8,6 +8,7 @@ import math
 import os
 import random
 import re
+import struct
 import types
 
 import numpy as np
@@ -1894,6 +1895,11 @@ def test_pretrained_features(trained):
     exif[0x0112] = 6  # as a phone held upright: stored turned by 90 degrees
     IMAGE.transpose(Image.Transpose.ROTATE_90).save(file, "PNG", exif=exif)
     assert_near(pretrained.encode_image(Image.open(file)), image_feat)
+    rows = struct.pack("<HHHLLHHL4sL", 2, 0x0112, 3, 1, 6, 0x0128, 2, 2, b"2", 0)  # the unit of resolution as text, too
+    turned = IMAGE.transpose(Image.Transpose.ROTATE_90)
+    for image, exif in ((turned, b"II*\0\10\0\0\0" + rows), (IMAGE, b"garbage")):
+        image.save(file := io.BytesIO(), "PNG", exif=b"Exif\0\0" + exif)
+        assert_near(pretrained.encode_image(Image.open(file)), image_feat)
     for mode in ("L", "RGBA", "P", "CMYK"):
         assert pretrained.encode_image(IMAGE.convert(mode)).isfinite().all()
 
