@@ -1150,9 +1150,10 @@ class TrainingSet(Dataset):
             return {"answers": distinct, "answer_weights": [scale * answers.count(answer) for answer in distinct]}
         if self.task in ("nlvr2", "entailment"):
             return {"label": label_of(record, self.task)}
-        image = record["image_id" if self.task == "retrieval" else "image"]
-        name = f"{image.digest}/{image.name}" if isinstance(image, ShardImage) else str(image)  # wherever the shard lies
-        return {"image_id": hash63(name)}
+        if self.task == "retrieval":
+            return {"image_id": hash63(str(record["image_id"]))}
+        image = record["image"]
+        return {"image_id": hash63(f"{image.digest}/{image.name}" if isinstance(image, ShardImage) else image)}
 
 
 def training_set(config, task):

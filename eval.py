@@ -1139,7 +1139,7 @@ def as_trained(config, checkpoint, model, evaluated, overrides, path):
         key, _, text = word.partition("=")
         for name in flatten({key: data.parse_yaml(text)}):
             if name in counting and wanted[name] not in (None, has[name]):
-                command = f"python train.py {task} --start {path} {task}.epochs=0 {word} --out NEW"
+                command = f"python train.py {evaluated} --start {path} {evaluated}.epochs=0 {word} --out NEW"
                 raise data.InputError(f"{path} has {name} {has[name]}; under another evaluates {command}")
     if not any(word.startswith("precision=") for word in overrides):
         fixed["precision"] = known["precision"]

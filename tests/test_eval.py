@@ -391,7 +391,7 @@ def test_masks_of_an_image_of_ones_own(mode, size, name, text, words, trained, t
     (["pretrain", "model={vision_width: 64}"], "has model.vision_width 32; under another evaluates"),
     (["pretrain", "data.max_words=2"], "has data.max_words 30; under another evaluates"),
     (["pretrain", "data.tokenizer=vocab.txt"], "has data.tokenizer {scenes}/vocab.txt; under another evaluates"),
-    (["retrieval", "retrieval.image_size=384"], "has retrieval.image_size 32; under another evaluates python train.py"),
+    (["retrieval", "retrieval.image_size=384"], "has retrieval.image_size 32; under another evaluates python train.py retrieval"),
     (["retrieval", "--text", "a dog"], "--image and --text are for masks"),
     (["pretrain", "--record"], "--record is for check"),
     (["pretrain", "--checkpoint", "config.yaml"], "config.yaml is no checkpoint that can be read safely"),
