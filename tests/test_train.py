@@ -493,11 +493,12 @@ def test_torchrun_equals_one_process_with_two_micro_batches(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "train.py"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     arguments = [*TINY, *PAIR, "pretrain.lr=1e-4", WORDS]
-    result = subprocess.run([*command, "--out", two, *arguments], cwd=data.HERE, env=environment, capture_output=True,
-                            text=True, timeout=200)
-    assert result.returncode == 0, result.stderr
-    assert "Warning" not in result.stderr
-    assert run(tmp_path, "train.py", "--out", one, *arguments, "pretrain.accumulation=2").status == 0
+    with subprocess.Popen([*command, "--out", two, *arguments], cwd=data.HERE, env=environment, stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE, text=True) as torchrun:
+        assert run(tmp_path, "train.py", "--out", one, *arguments, "pretrain.accumulation=2").status == 0
+        _, err = torchrun.communicate(timeout=200)
+    assert torchrun.returncode == 0, err
+    assert "Warning" not in err
     for line, other in zip(log_without_times(two), log_without_times(one), strict=True):
         assert line == pytest.approx(other, rel=1e-4)
 
