@@ -1531,7 +1531,7 @@ def check(config, task):
 
 
 # The embedded scenes [ours]: pictures with captions, drawn from a seed. Any change of the output raises the version.
-SCENES_VERSION = 6
+SCENES_VERSION = 7
 DRAW_VERSION = 1  # seeds the draws; raised with SCENES_VERSION alone where scenes and captions may change, too
 SIZES = {"small": (0.19, 0.22), "large": (0.34, 0.38)}  # least and greatest part of the picture's side
 COLORS = {"red": (225, 35, 40), "green": (35, 165, 55), "blue": (40, 80, 235), "yellow": (250, 225, 45),
@@ -1859,8 +1859,13 @@ def make_foils(claim, scene, rng):
     """Change exactly one word of a claim (or its relation) so that it is false, even loosely read.
 
     Returns: {kind: claim}, kind among color, shape, size, texture, relation; a kind is absent where the claim says
-        nothing of it or no change makes it false.
+        nothing of it or no change makes it false. At level rich, whose objects are often alike, a linear model of the words
+        alone tells 52 (shape) to 58 % (texture) of them.
     """
+    def false(foil):  # nor may "A R B which is S C" be true where C is what A, not B, stands to
+        of_first = foil | {"relations": [(name, 0, others) for name, _, others in foil["relations"]]}
+        return not holds(foil, scene, strict=False) and not holds(of_first, scene, strict=False)
+
     foils = {}
     for kind, words in VALUES.items():
         for i in rng.sample(range(len(claim["words"])), len(claim["words"])):
@@ -1868,7 +1873,7 @@ def make_foils(claim, scene, rng):
                 if kind not in foils and claim["words"][i].get(kind, word) != word:
                     changed = claim["words"][:i] + [claim["words"][i] | {kind: word}] + claim["words"][i + 1:]
                     foil = claim | {"words": changed}
-                    if not holds(foil, scene, strict=False):
+                    if false(foil):
                         foils[kind] = foil
     if not claim["relations"]:
         return foils
@@ -1879,7 +1884,7 @@ def make_foils(claim, scene, rng):
     for word in (rng.sample(aside, 2) if rng.random() < 0.5 else []) + [OPPOSITE[name]]:
         relations = claim["relations"][:i] + [(word, subject, others)] + claim["relations"][i + 1:]
         foil = claim | {"relations": relations}
-        if "relation" not in foils and not holds(foil, scene, strict=False):
+        if "relation" not in foils and false(foil):
             foils["relation"] = foil
     return foils
 

@@ -825,7 +825,7 @@ def draw_curves(logs, names, path, width=900, height=330):
             legend -= pen.textlength(name.removeprefix("loss_"), font) + 30
     if len(logs) > 1:
         pen.text((20, 2 * height - 40), f"dark to light: {', '.join(names)}", "black", font)
-    sheet = sheet.resize((width, height), Image.Resampling.LANCZOS).quantize(64)
+    sheet = sheet.resize((width, height), Image.Resampling.LANCZOS).quantize(256)
     data.write_atomically(path, lambda file: sheet.save(file, "PNG"))
 
 
@@ -977,8 +977,9 @@ def mean_cells(names, rows, error) -> list[str]:
 def tabulate(runs) -> str:
     """Markdown of one task's runs: those that differ in the seed alone as one row, mean ± standard deviation.
 
-    A second table says what each setting does: over all pairs of runs that share the seed and all settings but that one,
-    mean of the differences ± its standard error. runs: of read_runs.
+    A second table says what each setting does: the differences of all pairs of runs that share the seed and all settings but
+    that one, averaged for each seed, then mean ± standard error over seeds, since pairs of one seed are alike. runs: of
+    read_runs.
     """
     names = list(dict.fromkeys(name for _, _, figures in runs for name in figures))
     groups, effects = {}, {}
@@ -993,11 +994,16 @@ def tabulate(runs) -> str:
             change = changed[0], first[changed[0]], second[changed[0]]
             if (change[0], change[2], change[1]) in effects:  # the same change, always in the same direction
                 change, before, after = (change[0], change[2], change[1]), after, before
-            effects.setdefault(change, []).append({name: after[name] - before[name] for name in after if name in before})
-    if effects:
-        rows = [[*change, len(pairs), *mean_cells(names, pairs, lambda x: deviation(x) / math.sqrt(len(x)))]
-                for change, pairs in effects.items()]
-        tables.append(markdown(["setting", "from", "to", "pairs", *names], rows))
+            difference = {name: after[name] - before[name] for name in after if name in before}
+            effects.setdefault(change, {}).setdefault(seed, []).append(difference)
+    rows = []
+    for change, pairs in effects.items():
+        means = [{name: np.mean([pair[name] for pair in of_seed if name in pair]) for name in set().union(*of_seed)}
+                 for of_seed in pairs.values()]
+        cells = mean_cells(names, means, lambda values: deviation(values) / math.sqrt(len(values)))
+        rows.append([*change, sum(map(len, pairs.values())), len(pairs), *cells])
+    if rows:
+        tables.append(markdown(["setting", "from", "to", "pairs", "seeds", *names], rows))
     return "\n\n".join(tables)
 
 

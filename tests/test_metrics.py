@@ -251,10 +251,20 @@ def test_table_groups_seeds_and_pairs_runs_that_differ_in_one_setting(tmp_path, 
         "| 0.0 | False | 1 | 1.0 | 2.0 |",
         "| 2.0 | True | 2 | 12.0 ± 2.8 | 24.0 ± 5.7 |",
         "",
-        "| setting | from | to | pairs | R@1 by ITC | foils: shape |",
-        "| --- | --- | --- | --- | --- | --- |",
-        "| method.focal_gamma | 0.0 | 2.0 | 2 | 4.0 ± 1.0 | 8.0 ± 2.0 |",
+        "| setting | from | to | pairs | seeds | R@1 by ITC | foils: shape |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| method.focal_gamma | 0.0 | 2.0 | 2 | 2 | 4.0 ± 1.0 | 8.0 ± 2.0 |",
     ]
+
+
+def test_table_averages_the_pairs_of_a_seed_before_their_error_since_they_are_alike(tmp_path, capsys):
+    for seed, gains in enumerate(((1, 3), (7, 5))):
+        for soft_mask, gain in zip((True, False), gains):
+            write_run(tmp_path / f"{seed}{soft_mask}0", seed, 10.0, soft_mask=soft_mask, focal_gamma=0.0)
+            write_run(tmp_path / f"{seed}{soft_mask}2", seed, 10.0 + gain, soft_mask=soft_mask)
+    evaluation.main(["table", str(tmp_path)])
+    lines = capsys.readouterr().out.splitlines()
+    assert "| method.focal_gamma | 0.0 | 2.0 | 4 | 2 | 4.0 ± 2.0 | 8.0 ± 4.0 |" in lines  # of 2 and 6, not of 1, 3, 7 and 5
 
 
 def test_table_takes_settings_that_change_together_as_one(tmp_path, capsys):
@@ -264,8 +274,8 @@ def test_table_takes_settings_that_change_together_as_one(tmp_path, capsys):
     evaluation.main(["table", str(tmp_path)])
     lines = capsys.readouterr().out.splitlines()
     assert lines[2].startswith("| method.focal_gamma | method.mask_text_for, method.distort_blur | runs |")
-    assert lines[-2].startswith("| method.mask_text_for, method.distort_blur | all, 0.5 | mlm, 0.0 | 1 | -3.0 | ")
-    assert lines[-1].startswith("| method.focal_gamma | 2.0 | 0.0 | 1 | -1.0 | ")
+    assert lines[-2].startswith("| method.mask_text_for, method.distort_blur | all, 0.5 | mlm, 0.0 | 1 | 1 | -3.0 | ")
+    assert lines[-1].startswith("| method.focal_gamma | 2.0 | 0.0 | 1 | 1 | -1.0 | ")
 
 
 def test_table_names_seven_of_many_settings_that_change_together(tmp_path, capsys):

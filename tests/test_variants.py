@@ -3,8 +3,11 @@
 import pytest
 import torch
 
+import data
 import softmask
+import train
 import variants
+from commands import NO_EVALUATION, TINY
 from test_softmask import make_batch, make_model, randn, seeded
 
 
@@ -18,6 +21,16 @@ def restored(monkeypatch):
 def losses_of(**changes):
     losses, stats, _ = make_model(**changes)(**make_batch(), generator=seeded())
     return {name: value.item() for name, value in (losses | stats).items()}
+
+
+def test_a_variant_and_train_do_not_go_on_with_each_others_runs(restored, monkeypatch, tmp_path):
+    plain, arguments = data.training_set, ["pretrain", *TINY, NO_EVALUATION, "--out", str(tmp_path)]
+    for _ in range(2):  # trained, then finished
+        monkeypatch.setattr(data, "training_set", plain)
+        variants.main("hard_mask", *arguments)
+    monkeypatch.setattr(data, "training_set", plain)
+    with pytest.raises(data.InputError, match="holds a run under other settings .content of the annotation files"):
+        train.main(arguments)
 
 
 def test_hard_mask_removes_whole_patches(restored):

@@ -4,7 +4,7 @@
 
 The first word names the variant, all others are train.py's; metrics.json has it as the setting `variant`, so that
 `python eval.py table` tells the runs apart. Each variant is a few lines on top of softmask.py, which has none of them:
-  hard_mask      patches with m above 0.5 are removed, all others kept whole; softmask.py: scaled by 1 - m
+  hard_mask      patches with m above 0.5 are zero, all others kept whole; softmask.py: scaled by 1 - m
   no_mask        nothing is hidden, so that the soft-masked ITM repeats the plain one: is it the mask, or ITM counted twice?
   top_word       the word whose attention has the largest sum over the image; softmask.py: one drawn at random
   focal_one_hot  the focal factor on the one-hot part of the target alone; softmask.py: on every term
@@ -63,6 +63,14 @@ def focal_one_hot():
 
 def main(variant, *arguments):
     {f.__name__: f for f in (hard_mask, no_mask, top_word, focal_one_hot)}[variant]()
+    training_set = data.training_set
+
+    def marked(config, task):  # so that neither a variant goes on with a run of train.py nor that with a variant
+        dataset = training_set(config, task)
+        dataset.records.digest += variant
+        return dataset
+
+    data.training_set = marked
     status = train.main(list(arguments))
     path = os.path.join(train.parse(arguments).out, "metrics.json")
     with open(path, encoding="utf-8") as file:
