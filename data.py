@@ -668,6 +668,8 @@ def open_index(path, layout):
     kept = is_shard or stamp[0] >= INDEX_KEPT_FROM
     if kept and os.path.exists(folder):
         return load_index(path, stamp, folder)
+    if read_bytes(path, stamp, 0, 2) == b"\x1f\x8b":
+        raise InputError(f"{path} is compressed; unpack it first, with gunzip")
     index = index_shard(path, stamp) if is_shard else index_json(path, stamp, FORMATS[layout])
     if not kept:
         return index
@@ -740,7 +742,8 @@ def scan_list(path, chunks):
             sign = text[position:position + 1]
             if sign not in ("", "["):
                 head = text[position:position + 40].encode("latin-1").decode(errors="replace")
-                raise InputError(f"{path}: wanted a list of one or more records, got {head!r}")
+                hint = "; of JSON lines make one list" * (sign == "{")
+                raise InputError(f"{path}: wanted a list of one or more records, got {head!r}{hint}")
             position += len(sign)
         try:
             while sign != "]":
@@ -788,7 +791,7 @@ def index_shard(path, stamp):
                 if shard.offset < member.offset_data:  # tarfile would go back, and round for ever
                     raise tarfile.ReadError(f"a negative size at byte {member.offset}")
                 name, kind = os.path.splitext(member.name)
-                found = images if kind.lower() in IMAGE_SUFFIXES else captions.get(kind)
+                found = images if kind.lower() in IMAGE_SUFFIXES else captions.get(kind.lower())
                 if found is not None and member.isreg() and not member.issparse():
                     found[name] = {"image": member.name, "offset": member.offset_data, "size": member.size}
             shard.fileobj.seek(shard.offset)
@@ -857,7 +860,7 @@ def _record_problem(row, required):
         return f"wanted an object, got {type(row).__name__}"
     for key, kinds in required.items():
         if key not in row and None not in kinds:
-            return f"key {key!r} is missing"
+            return f"key {key!r} is missing; it has {', '.join(map(repr, list(row)[:6])) or 'none'}"
         value = row.get(key)
         if type(value) not in kinds and not (isinstance(value, str | None) and value in kinds):
             wanted = " or ".join(kind.__name__ if isinstance(kind, type) else str(kind) for kind in kinds)
@@ -1442,8 +1445,8 @@ def check(config, task):
               f"{task}.start": None if settings.start in TASKS else settings.start,
               "data.grounding_boxes": data.grounding_boxes, "data.foils": data.foils}
     for key, path in others.items():
-        if path is not None and not os.path.exists(path):
-            print(f"{key}: {path} is missing")
+        if path is not None and not (os.path.isfile(path) or key.endswith(".start") and os.path.exists(path)):
+            print(f"{key}: {path} is missing, or no file")
             found = False
     try:
         tokenizer = softmask.load_tokenizer(data.tokenizer)
@@ -1454,6 +1457,15 @@ def check(config, task):
     except ValueError as error:
         print(f"data.tokenizer: {error}")
         tokenizer, found = None, False
+
+    def too_many(bad, seen, count):
+        """Whether bad of the seen records, a sample of count, would stop the training: says so, and that all is not well."""
+        nonlocal found
+        share = config.max_bad_image_share
+        if training and bad * count / max(seen, 1) > max(share * count, 10 if share else 0):
+            print(f"  that is more than max_bad_image_share ({share}) of the records: it would stop the training")
+            found = False
+
     places = [os.path.realpath(path) for entry in trained for path in glob.glob(entry) or [entry]]
     for path, count in collections.Counter(places).items():
         if count > 1:
@@ -1467,7 +1479,7 @@ def check(config, task):
                 with naming(path, index):
                     paths = image_paths(records[index], kind, files)
                 images |= dict.fromkeys(image for image in paths if not isinstance(image, ShardImage))
-            answers = set(load_answers(files.answers)) if layout == "vqa" else None
+            answers = set(load_answers(files.answers)) if kind == "vqa" else None
             rows = load_grounding(path, config) if layout == "grounding_eval" else None
             if layout == "vqa_eval":
                 load_vqa(path, config)
@@ -1479,7 +1491,8 @@ def check(config, task):
             continue
         total += len(records) * training
         missing = [image for image in images if not os.path.isfile(image) or not os.path.getsize(image)]
-        left_out = f"; {records.left_out} samples without a caption left out" * bool(records.left_out)
+        left_out = f"; {records.left_out} samples left out, without NAME.txt, or NAME.json with a caption"
+        left_out *= bool(records.left_out)
         state = f"{len(missing)} of {len(images)} images missing or empty" if images else "images in the shards"
         print(f"{path}: {len(records)} records; {state}{left_out}")
         for image in missing[:5]:
@@ -1497,14 +1510,17 @@ def check(config, task):
             except BadImage as error:
                 unreadable.append(valid_text(str(error)))
         print(f"  of {len(opened)} images opened {len(unreadable)} cannot be read", *unreadable[:5], sep="\n    ")
-        if len(unreadable) > config.max_bad_image_share * len(opened) * training:  # none may be among those of evaluation
+        if unreadable and not training:  # which takes others in their place, where evaluation needs every image
             found = False
+        too_many(len(unreadable), len(opened), len(records))
         texts = [text for record in sample for text in texts_of(record, kind)][:MAX_CHECKED_TEXTS]
         max_words = MAX_QUESTION_WORDS if layout == "vqa_eval" else data.max_words
         words = [len(clean_text(text, kind, sys.maxsize).split()) for text in texts]
         cleaned = [clean_text(text, kind, max_words) for text in texts]
         tokens, empty = "", words.count(0) + sum(not texts_of(record, kind) for record in sample)
-        unanswered = [not any(map(str.strip, answers_of(record))) for record in sample if layout == "vqa"]
+        unusable = sum(np.mean([not clean_text(text, kind, 1).strip() for text in texts_of(record, kind)] or [1])
+                       for record in sample)  # one of a record's texts is drawn
+        unanswered = [not any(map(str.strip, answers_of(record) or [])) for record in sample if answers is not None]
         if tokenizer is not None and texts:
             tokenized = softmask.tokenize(tokenizer, cleaned, max_tokens)
             pieces = tokenized["input_ids"][tokenized["word_ids"] >= 0]
@@ -1516,16 +1532,15 @@ def check(config, task):
         print(f"  of {len(texts)} {TEXT_KEYS.get(kind, 'caption')}s {empty} are empty, "
               f"{cut / max(len(texts), 1):.1%} cut at {max_words} words{tokens}")
         if answers is not None:
-            ranked = [answer in answers for record in sample for answer in answers_of(record)]
+            ranked = [answer in answers for record in sample for answer in answers_of(record) or []]
             print(f"  of {len(ranked)} answers {np.mean(ranked or [0]):.1%} are in {files.answers}; {sum(unanswered)} of "
                   f"{len(sample)} records have none")
-        if training and empty + sum(unanswered) > config.max_bad_image_share * max(len(sample), 1):
-            print(f"  that is more than max_bad_image_share ({config.max_bad_image_share}) of {len(sample)} records")
-            found = False
+        too_many(unusable + sum(unanswered), len(sample), len(records))
         if rows is not None:
             print(f"  {sum(not row['dets'] for row in rows)} of {len(rows)} texts have no proposals in {files.dets}")
     if found and total < settings.batch_size * settings.accumulation:
-        print(f"{total} records are fewer than the {settings.batch_size * settings.accumulation} of one step")
+        print(f"{total} records are fewer than the {settings.batch_size * settings.accumulation} of one step of one process; "
+              "lower batch_size")
         found = False
     return found
 

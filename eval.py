@@ -1205,6 +1205,8 @@ def main(arguments):
     if task == "masks":
         name = f"{os.path.splitext(os.path.basename(options.image or 'scenes'))[0]}_masks.png"
         target = options.out or os.path.join(folder, name)
+        if os.path.isdir(target) or not target.lower().endswith(".png"):
+            raise data.InputError(f"masks: --out {target} must be the name of a .png file")
         if (options.image is None) != (options.text is None):
             raise data.InputError("masks: --image and --text go together; without both, scenes are drawn")
         if options.text is not None and not softmask.clean_caption(options.text, config.data.max_words):
@@ -1222,7 +1224,9 @@ def main(arguments):
         print(target)
         return
     if lack := lacking(task, config, options.split):
-        raise data.InputError(f"{lack}; name the file to evaluate on")
+        other = "val" if options.split == "test" else "test"
+        instead = f", or give --split {other}" * (not lacking(task, config, other))
+        raise data.InputError(f"{lack}; name the file to evaluate on{instead}")
     if rank() == 0:
         print(f"evaluated on {getattr(evaluation_files(task, config), options.split)} of scale {scale}, {config.precision}",
               file=sys.stderr)

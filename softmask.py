@@ -1223,7 +1223,7 @@ def load_weights(module, state: dict, missing_ok: tuple[str, ...] = ()) -> list[
     faults += [f"{k} has shape {tuple(state[k].shape)}, the model's has {tuple(own[k].shape)}" for k in differing]
     if faults:
         more = f" (and {len(faults) - 6} more)" if len(faults) > 6 else ""
-        raise ValueError("the weights do not fit the model: " + "; ".join(faults[:6]) + more)
+        raise ValueError("the weights do not fit the model's layers and sizes: " + "; ".join(faults[:6]) + more)
     module.load_state_dict(state, strict=False)
     return missing
 

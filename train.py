@@ -685,14 +685,14 @@ def say(text: str):
 
 @contextlib.contextmanager
 def weights_of(path):
-    """The tensors of a file of weights, and the tokenizer's entries where train.py wrote it, else None.
+    """The tensors of a file of weights, and all that it holds: of train.py's `vocab` and `config`, too.
 
     What does not fit the model is an InputError that names the file.
     """
     content = softmask.read_dict(path)
     state = softmask.state_of(content, path)
     try:
-        yield state, content.get("vocab")
+        yield state, content
     except ValueError as error:
         raise data.InputError(f"{path}: {error}") from None
 
@@ -716,9 +716,16 @@ def load_initial_weights(model, config, task_name, vocab):
     """Start the model from its task's start, or the encoders from DeiT and BERT, and its twin from them."""
     path = start_file(config, task_name)
     if path is not None:
-        with weights_of(path) as (state, known):
-            if known not in (None, vocab):
+        with weights_of(path) as (state, content):
+            if content.get("vocab") not in (None, vocab):
                 raise ValueError("it was trained with another vocabulary; give data.tokenizer the same")
+            sizes = content.get("config")  # ALBEF's has no part `model`
+            sizes = sizes.get("model") if isinstance(sizes, dict) else None
+            free = ("image_size", "dropout", "vision_weights", "text_weights")
+            other = [f"model.{name}={value}" for name, value in (sizes or {}).items()
+                     if name not in free and value != getattr(config.model, name, value)]
+            if other:  # of which the numbers of heads would not be noticed
+                raise ValueError(f"its model has other sizes; give {' '.join(other)}")
             fresh, left = softmask.load_start(model, state)
 
         def part(key):  # one name for all parameters of a part

@@ -149,7 +149,7 @@ def test_evaluation_without_a_file_is_refused(trained, tmp_path):
     for value, message in (("null", "test is null; name the file"), ("none.json", "none.json is missing; name the file")):
         setting = f"data.retrieval_sets.scenes.test={value}"
         result = run(tmp_path, "eval.py", "pretrain", "--checkpoint", trained.out, *trained.arguments, setting)
-        assert message in result.error
+        assert message in result.error and result.error.endswith(", or give --split val")
 
 
 def test_a_gallery_of_ones_own_beside_the_scenes_boxes_and_foils(scene, tmp_path):
@@ -381,6 +381,8 @@ def test_masks_of_an_image_of_ones_own(mode, size, name, text, words, trained, t
     (["masks", "--image", "config.yaml", "--text", "a dog"], "config.yaml: cannot identify image file"),
     (["masks", "--image", "photo.jpg", "--text", " ... "], "--text ' ... ' has no word"),
     (["masks", "--out", "none/sheet.png"], "none/sheet.png"),
+    (["masks", "--out", "tests"], "masks: --out tests must be the name of a .png file"),
+    (["masks", "--out", "sheet.jpg"], "masks: --out sheet.jpg must be the name of a .png file"),
     (["pretrain", "data.grounding_boxes=none.json"], "none.json: cannot be read"),
     (["dream"], "'dream' is none of pretrain, retrieval"),
     (["pretrain", "masks"], "'pretrain masks' is none of"),

@@ -778,7 +778,7 @@ def test_half_of_a_head_is_refused(task, missing, in_albef):
     state = softmask.export_albef(source) if in_albef else dict(source.state_dict())
     del state[in_albef or missing]
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(ValueError, match=f"do not fit the model: {re.escape(missing)} is missing"):
+    with pytest.raises(ValueError, match=f"do not fit the model's layers and sizes: {re.escape(missing)} is missing"):
         softmask.load_start(model, state)
     assert_same(dict(before), dict(model.state_dict()))
 

@@ -346,6 +346,15 @@ def test_the_encoders_start_from_deit_and_bert_and_the_twin_from_them(tmp_path):
     assert_same(dict(model.encoders.state_dict()), dict(model.encoders_m.state_dict()))
 
 
+def test_a_start_with_other_sizes_names_them(tmp_path):
+    """Of another number of heads the weights would fit."""
+    model, config = make_model(), data.load_config("scenes", [f"pretrain.start={tmp_path / 'start.pt'}"])
+    sizes = data.config_to_dict(config)["model"] | {"text_heads": 2, "image_size": 32, "dropout": 0.5}
+    torch.save({"model": model.state_dict(), "vocab": ["a", "b"], "config": {"model": sizes}}, tmp_path / "start.pt")
+    with pytest.raises(data.InputError, match="start.pt: its model has other sizes; give model.text_heads=2$"):
+        train.load_initial_weights(model, config, "pretrain", ["a", "b"])
+
+
 def test_a_start_with_another_vocabulary_is_refused(tmp_path):
     model = make_model()
     torch.save({"model": model.state_dict(), "vocab": ["a", "b"]}, tmp_path / "start.pt")
