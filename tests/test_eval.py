@@ -139,7 +139,7 @@ def test_two_processes_have_the_figures_of_one(trained, tmp_path):
 
 
 def test_out_is_for_pictures(tmp_path):
-    with pytest.raises(data.InputError, match="--image is for masks; retrieval is evaluated on the files of its scale"):
+    with pytest.raises(data.InputError, match="--image and --text are for masks; retrieval is evaluated on the files of its scale"):
         evaluation.main(["retrieval", "--image", "photo.jpg", "--text", "a star"])
     with pytest.raises(data.InputError, match="--out is for masks; the figures of retrieval are printed"):
         evaluation.main(["retrieval", "--out", str(tmp_path)])
