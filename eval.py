@@ -1140,11 +1140,11 @@ def as_trained(config, checkpoint, model, evaluated, overrides, path):
     counting = [f"{part}.{name}" for part in ("model", "method") for name in fixed[part]]
     counting += [f"{task}.max_tokens", f"{task}.image_size", f"{evaluated}.image_size", "data.max_words", "data.tokenizer"]
     has = flatten(fixed | {name: fixed.get(name, {}) | size for name in (task, evaluated)})
-    has, wanted = has | {"data.tokenizer": known["data"]["tokenizer"]}, flatten(asked)
+    has, wanted, trained = has | {"data.tokenizer": known["data"]["tokenizer"]}, flatten(asked), flatten(known)
     for word in overrides:
         key, _, text = word.partition("=")
         for name in flatten({key: data.parse_yaml(text)}):
-            if name in counting and wanted[name] not in (None, has[name]):
+            if name in counting and wanted[name] not in (None, has[name], trained.get(name)):
                 command = f"python train.py {evaluated} --start {path} {evaluated}.epochs=0 {word} --out NEW"
                 raise data.InputError(f"{path} has {name} {has[name]}; under another evaluates {command}")
     if not any(word.startswith("precision=") for word in overrides):

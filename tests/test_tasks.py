@@ -581,7 +581,7 @@ def test_rows_are_evaluated_as_one_by_one(task, monkeypatch):
     tokenizer = softmask.load_tokenizer(config.data.tokenizer)
     model = livelier(random_model(task, seed=3, vocab_size=len(tokenizer)))
     tokenize = functools.partial(softmask.tokenize, tokenizer, max_tokens=config.model.max_positions)
-    rows = getattr(data, f"load_{task}")(folder / f"{task}_test.json", config)[:12]
+    rows = evaluation.load_rows(task, str(folder / f"{task}_test.json"), config)[:12]
     answers, found, seen = data.load_answers(folder / "answer_list.json")[::4], [], []
     candidates = tokenize(answers, end=True)
     candidates = candidates["input_ids"], candidates["attention_mask"]
