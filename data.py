@@ -602,12 +602,15 @@ JSON = json.JSONDecoder()
 SPACE, SEPARATOR = re.compile(r"[ \t\n\r]*"), re.compile(r"[ \t\n\r]*([,\]])")
 
 
-def expand_pattern(entry):
+def matches(entry):
     """The files that an entry of the settings stands for: itself, or the sorted matches of its wildcards * ? [...]."""
     entry = os.fspath(entry)
-    if os.path.exists(entry) or not glob.has_magic(entry):
-        return [entry]
-    found = sorted(glob.glob(entry))
+    return [entry] if os.path.exists(entry) or not glob.has_magic(entry) else sorted(glob.glob(entry))
+
+
+def expand_pattern(entry):
+    """matches of an entry; InputError where there is none."""
+    found = matches(entry)
     if not found:
         raise InputError(f"{entry}: no file matches; see the paths in data")
     return found
@@ -1466,7 +1469,7 @@ def check(config, task):
             print(f"  that is more than max_bad_image_share ({share}) of the records: it would stop the training")
             found = False
 
-    places = [os.path.realpath(path) for entry in trained for path in glob.glob(entry) or [entry]]
+    places = [os.path.realpath(path) for entry in trained for path in matches(entry)]
     for path, count in collections.Counter(places).items():
         if count > 1:
             print(f"{path} is listed {count} times, and trained on as often")

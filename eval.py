@@ -23,7 +23,6 @@ import argparse
 import contextlib
 import datetime
 import functools
-import glob
 import itertools
 import json
 import math
@@ -565,8 +564,8 @@ def look_ahead(task, config):
     InputError for what could not be evaluated; where pre-training has no file for it, a line says so.
     """
     files = evaluation_files(task, config)
-    listed = [path for entry in data.task_files(config, task).train for path in glob.glob(entry) or [entry]]
-    trained_on = set(map(os.path.realpath, listed))
+    listed = data.task_files(config, task).train
+    trained_on = {os.path.realpath(path) for entry in listed for path in data.matches(entry)}
     for split in ("test",) if task == "pretrain" else ("val", "test"):
         file = getattr(files, split)
         if file is not None and os.path.realpath(file) in trained_on and rank() == 0:
