@@ -1518,11 +1518,11 @@ def check(config, task):
         too_many(len(unreadable), len(opened), len(records))
         texts = [text for record in sample for text in texts_of(record, kind)][:MAX_CHECKED_TEXTS]
         max_words = MAX_QUESTION_WORDS if layout == "vqa_eval" else data.max_words
-        words = [len(clean_text(text, kind, sys.maxsize).split()) for text in texts]
+        lengths = [[len(clean_text(text, kind, sys.maxsize).split()) for text in texts_of(record, kind)] for record in sample]
+        words = [length for record in lengths for length in record][:MAX_CHECKED_TEXTS]
         cleaned = [clean_text(text, kind, max_words) for text in texts]
-        tokens, empty = "", words.count(0) + sum(not texts_of(record, kind) for record in sample)
-        unusable = sum(np.mean([not clean_text(text, kind, 1).strip() for text in texts_of(record, kind)] or [1])
-                       for record in sample)  # one of a record's texts is drawn
+        tokens, empty = "", words.count(0) + lengths.count([])
+        unusable = sum(record.count(0) / len(record) if record else 1 for record in lengths)  # one of its texts is drawn
         unanswered = [not any(map(str.strip, answers_of(record) or [])) for record in sample if answers is not None]
         if tokenizer is not None and texts:
             tokenized = softmask.tokenize(tokenizer, cleaned, max_tokens)

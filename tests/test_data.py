@@ -1381,6 +1381,8 @@ def test_check_of_the_other_tasks(pairs, tmp_path, tokenizer, capsys):
     write_json(tmp_path / "vqa0.json", [questions[0], questions[1] | {"image": "/export/1.jpg"}])
     assert not data.check(config, "vqa")
     assert "vqa0.json: record 1 (from 0): image '/export/1.jpg' lies outside image_root" in capsys.readouterr().out
+    write_json(tmp_path / "vqa0.json", [row | {"question": " " + row["question"]} for row in questions])
+    assert data.check(config, "vqa")  # a space in front, which cleaning leaves, makes no empty question
     write_json(tmp_path / "vqa0.json", questions)
     assert data.check(config, "nlvr2")
     assert "of 12 sentences 0 are empty" in capsys.readouterr().out
