@@ -101,7 +101,7 @@ def write_files(folder):
         f"data.pretrain_files=[{folder / 'pretrain.json'}]", f"data.pretrain_image_root={folder}",
         f"data.tokenizer={folder / 'vocab.txt'}", "num_workers=1", "log_every_steps=1",
         f"model.vision_weights={folder / 'deit.pth'}", f"model.text_weights={folder / 'bert.safetensors'}",
-        "pretrain.batch_size=2", "pretrain.epochs=1",
+        "pretrain.batch_size=2", "pretrain.epochs=1", "precision=float32", "device=cpu",  # many CPUs make bf16 slowly
     ]
     return settings + write_tasks(folder)
 

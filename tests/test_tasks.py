@@ -830,8 +830,7 @@ def test_from_pretrained_refuses_a_model_without_a_match_score(task, runs):
 @pytest.mark.skipif(not os.environ.get("PAPER_SCALE"), reason="9 minutes, 8 GB: PAPER_SCALE=1 pytest -k paper_scale")
 @pytest.mark.parametrize("task", FINE_TUNED)
 def test_paper_scale_takes_two_steps(task, paper_files, tmp_path):
-    settings = [f"{task}.batch_size=2", f"{task}.epochs=1", "precision=float32", "device=cpu"]
-    arguments = ["--scale", "paper", *paper_files.settings, *settings]
+    arguments = ["--scale", "paper", *paper_files.settings, f"{task}.batch_size=2", f"{task}.epochs=1"]
     stdout = paper.run(tmp_path, "train.py", task, "--start", paper_files.albef, "--out", str(tmp_path), *arguments)
     log, checkpoint = read_log(tmp_path), load(tmp_path)
     assert [line["step"] for line in log] == [1, 2] and f"starts from {paper_files.albef}" in stdout
