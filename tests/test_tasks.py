@@ -827,7 +827,7 @@ def test_from_pretrained_refuses_a_model_without_a_match_score(task, runs):
 # The paper's scale
 
 
-@pytest.mark.skipif(not os.environ.get("PAPER_SCALE"), reason="9 minutes, 8 GB: PAPER_SCALE=1 pytest -k paper_scale")
+@pytest.mark.skipif(not os.environ.get("PAPER_SCALE"), reason="10 minutes, 8 GB: PAPER_SCALE=1 pytest -k paper_scale")
 @pytest.mark.parametrize("task", FINE_TUNED)
 def test_paper_scale_takes_two_steps(task, paper_files, tmp_path):
     arguments = ["--scale", "paper", *paper_files.settings, f"{task}.batch_size=2", f"{task}.epochs=1"]

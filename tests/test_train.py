@@ -1050,7 +1050,7 @@ def test_check_counts_and_names_what_is_missing(own_files, tmp_path):
 # The paper's scale
 
 
-@pytest.mark.skipif(not os.environ.get("PAPER_SCALE"), reason="4 minutes, 6 GB: PAPER_SCALE=1 pytest -k paper_scale")
+@pytest.mark.skipif(not os.environ.get("PAPER_SCALE"), reason="3 minutes, 6 GB: PAPER_SCALE=1 pytest -k paper_scale")
 @pytest.mark.parametrize("start", ["deit and bert", "albef"])
 def test_paper_scale_takes_two_steps(start, paper_files, tmp_path):
     arguments = ["--scale", "paper", "--out", str(tmp_path), *paper_files.settings]
