@@ -16,7 +16,7 @@ Symbols
   image_feat, text_feat       projected, L2-normalised [CLS] states (B, P); _m: of the momentum twin
   sim_i2t, sim_t2i            similarities over temperature, image to text and text to image
 Polarity: an attention mask is 1 (True) where a token may be attended; a soft mask is 1 where a patch is most
-relevant, and so is hidden most; ITM label 1 is a match.
+relevant, and so is hidden most; ITM label 1 is a match. "Copy with" in a docstring: all that a part needs of this.
 
 Index
   Attention, Mlp                    building blocks
@@ -78,8 +78,8 @@ class Attention(nn.Module):
         return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, L, D) -> (B, H, L, D / H)
 
     def project(self, x, *layers):
-        """What each of layers makes of x (B, L, D): (B, H, L, D / H) each. [ours]"""
-        if not torch.is_autocast_enabled(x.device.type):
+        """What each of layers makes of x (B, L, D): (B, H, L, D / H) each; under autocast hooks are skipped. [ours]"""
+        if not torch.is_autocast_enabled(x.device.type) or any(type(layer) is not nn.Linear for layer in layers):
             return [self.split_heads(layer(x)) for layer in layers]
         # autocast copies weights: side by side they are one product, a third of the launches a GPU waits for
         weight, bias = torch.cat([layer.weight for layer in layers]), torch.cat([layer.bias for layer in layers])
@@ -132,7 +132,7 @@ class GeluLinear(torch.autograd.Function):
 
 
 class Mlp(nn.Module):
-    """Two linear layers, a GELU (erf) between. [ALBEF] Hooks on fc2 are not called. Copy with: GeluLinear."""
+    """Two linear layers, a GELU (erf) between. [ALBEF] Hooks on and wrappers of fc2: skipped. Copy with: GeluLinear."""
 
     def __init__(self, dim: int, hidden_dim: int):
         super().__init__()
@@ -181,7 +181,7 @@ class VisionTransformer(nn.Module):
 
     def forward(self, image):
         side = self.grid * self.patch_size
-        if image.shape[-2:] != (side, side):
+        if image.shape[1:] != (3, side, side):
             raise ValueError(f"image has shape {tuple(image.shape)}, the model takes (B, 3, {side}, {side})")
         patches = self.patch_embed(image).flatten(2).transpose(1, 2)  # (B, D, h, w) -> (B, N, D)
         x = torch.cat([self.cls_token.expand(len(image), -1, -1), patches], dim=1) + self.pos_embed
@@ -317,6 +317,8 @@ class FusionEncoder(nn.Module):
 
     def keys_values(self, *image_embeds):
         """Per layer i keys and values, both (I, H, 1 + N, D / H), of image_embeds[i % sets] (I, 1 + N, D). [ALBEF]"""
+        if len(image_embeds) != self.images_per_text:
+            raise ValueError(f"{len(image_embeds)} images a text, the model takes {self.images_per_text}")
         pairs = (layer.cross_attention.keys_values(x) for layer, x in zip(self.layers, image_embeds * len(self.layers)))
         return [(keys.contiguous(), values.contiguous()) for keys, values in pairs]  # once, not in each product
 
@@ -554,8 +556,7 @@ def itm_accuracy(logits, labels):
 def check_attention_layer(layer: int, fusion_layers: int):
     """ValueError for no fusion layer, from 0, or the last, where the gradient of a word's row is exactly zero."""
     if not 0 <= layer < fusion_layers - 1:
-        reason = "no word's row of it reaches the match score"
-        raise ValueError(f"attention_layer {layer}: {reason}; take 0 to {fusion_layers - 2}")
+        raise ValueError(f"attention_layer {layer} is none of {list(range(fusion_layers - 1))}: all but the last")
 
 
 def word_attention(attention, match_logit):
@@ -563,7 +564,7 @@ def word_attention(attention, match_logit):
 
         G = mean over heads of A * relu(ds/dA), patches only
 
-    attention A (B, H, L, 1 + N), float32, with a graph; match_logit s (B,), its own pair's "match" logit.
+    attention A (B, H, L, 1 + N), float32, with a graph, not compiled; match_logit s (B,), its pair's "match" logit.
     Returns G (B, L, N) float32, detached, finite where ds/dA overflows (fp16). It fills no .grad, so DDP never sees it.
     """
     with torch.autocast(attention.device.type, enabled=False):  # which else takes the gradient in bf16
@@ -596,7 +597,7 @@ def soft_mask(cam, picked):
     weight = picked.float() / picked.sum(1, keepdim=True).clamp_min(1)
     cam = (cam.float() * weight[:, :, None]).sum(1)
     low, high = cam.amin(1, keepdim=True), cam.amax(1, keepdim=True)
-    return torch.where(high > low, (cam - low) / (high - low).clamp_min(torch.finfo(cam.dtype).tiny), 0.0)
+    return torch.where(high > low, (cam - low) / torch.where(high > low, high - low, 1.0), 0.0)
 
 
 # Pre-training
@@ -619,7 +620,7 @@ class TaskModel(nn.Module):
 
     @torch.no_grad()
     def update_twin(self):
-        """twin = momentum * twin + (1 - momentum) * student: once before each optimizer step's forward pass. [ALBEF]"""
+        """twin = momentum * twin + (1 - momentum) * student: before each step's forward pass; in float32. [ALBEF]"""
         if self.momentum is not None:
             twin, student = list(self.encoders_m.parameters()), list(self.encoders.parameters())
             torch._foreach_lerp_(twin, student, 1 - self.momentum)
@@ -1006,17 +1007,16 @@ def augment_image(image, size: int, crop_min_area: float, flip: bool, randaugmen
 
 def flip_words(text: str) -> str:
     """Swap the words left and right, as the mirror image needs it. [ours; ALBEF leaves them]"""
-    swap = {"left": "right", "right": "left", "Left": "Right", "Right": "Left"}
-    return re.sub(r"\b([Ll]eft|[Rr]ight)\b", lambda match: swap[match[0]], text)
+    swap = {"left": "right", "right": "left", "Left": "Right", "Right": "Left", "LEFT": "RIGHT", "RIGHT": "LEFT"}
+    return re.sub(rf"\b({'|'.join(swap)})\b", lambda match: swap[match[0]], text)
 
 
 # Images and text as the model takes them
 IMAGE_MEAN, IMAGE_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-"""Per channel, of pixels in [0, 1]. [ALBEF]: CLIP's."""
 
 
 def normalize(images):
-    """images (B, 3, S, S) in [0, 1] -> what encode_image takes. [ALBEF] Copy with: IMAGE_MEAN, IMAGE_STD."""
+    """images (B, 3, S, S) in [0, 1] -> what encode_image takes, by CLIP's. [ALBEF] Copy with: IMAGE_MEAN, IMAGE_STD."""
     return TF.normalize(images, IMAGE_MEAN, IMAGE_STD)
 
 
@@ -1026,7 +1026,7 @@ def square(image, size: int):
 
 
 def clean_caption(caption: str, max_words: int) -> str:
-    """Lower case, punctuation dropped, - and / to spaces, at most max_words words. [ALBEF] pre_caption"""
+    """Lower case, less punctuation; -, / to spaces, <person> to person; at most max_words words. [ALBEF] pre_caption"""
     caption = re.sub(r"[,.'!?\"()*#:;~]", "", caption.lower()).replace("-", " ").replace("/", " ")
     caption = re.sub(r"\s{2,}", " ", caption.replace("<person>", "person")).rstrip("\n").strip(" ")
     return " ".join(caption.split(" ")[:max_words])
@@ -1076,7 +1076,7 @@ def tokenize(tokenizer, texts: list[str], max_tokens: int, end: bool = False) ->
     [CLS], [SEP] and padding), L at most max_tokens; and truncated, the number of texts cut to that.
     """
     room = max_tokens - 1 - end
-    pieces = tokenizer(list(texts), add_special_tokens=False)
+    pieces = tokenizer([texts] if isinstance(texts, str) else list(texts), add_special_tokens=False)
     ids = [[tokenizer.cls_token_id, *row[:room], *[tokenizer.sep_token_id] * end] for row in pieces["input_ids"]]
     input_ids = torch.full((len(ids), max(map(len, ids))), tokenizer.pad_token_id)
     word_ids, attention_mask = torch.full_like(input_ids, -1), torch.zeros_like(input_ids)
@@ -1154,9 +1154,9 @@ def export_albef(model) -> dict:
     for key, tensor in model.state_dict().items():
         part, _, name = key.partition(".")
         if part in ("image_queue", "text_queue"):
-            exported[part] = tensor.T
+            exported |= {part: tensor.T} if len(tensor) else {}  # from_pretrained's are empty: no shape of ALBEF's
         elif part == "queue_ids":
-            exported |= {} if has_bert else {"idx_queue": tensor[None]}
+            exported |= {} if has_bert or not len(tensor) else {"idx_queue": tensor[None]}
         elif part == "queue_written":
             exported["queue_ptr"] = tensor[None] % max(len(model.queue_ids), 1)
         elif part not in ("encoders", "encoders_m"):
@@ -1252,13 +1252,13 @@ def state_of(state: dict, path) -> dict:
 
 
 def load_deit(encoders: Encoders, state: dict):
-    """Start the image encoder from a DeiT state (patch_embed.proj.weight, blocks.0.attn.qkv.weight, ...). [ALBEF]"""
+    """Start the image encoder, not its twin, from a DeiT state (blocks.0.attn.qkv.weight, ...). [ALBEF]"""
     state = rename_albef({f"visual_encoder.{key}": value for key, value in state.items()}, text_layers=0)
     load_weights(encoders.vision, {key.removeprefix("encoders.vision."): value for key, value in state.items()})
 
 
 def load_bert(encoders: Encoders, state: dict) -> list[str]:
-    """Start all but the image encoder from a Hugging Face BERT state; returns the names that start fresh. [ALBEF]"""
+    """Start the rest of encoders, no twin, from a Hugging Face BERT state; returns the names left fresh. [ALBEF]"""
     state = {f"text_encoder.{key.removeprefix('bert.')}": value for key, value in state.items()}
     state = rename_albef(state, text_layers=len(encoders.text.layers))
     state = pair_layers({key.removeprefix("encoders."): value for key, value in state.items()}, encoders)
@@ -1267,7 +1267,7 @@ def load_bert(encoders: Encoders, state: dict) -> list[str]:
     missing = load_weights(encoders, state, fresh)
     if hasattr(encoders, "decoder"):
         start_decoder(encoders)
-    return missing
+    return [name for name in missing if not name.startswith("vision.")]
 
 
 def load_start(model, state: dict) -> tuple[list[str], list[str]]:
@@ -1300,7 +1300,7 @@ def load_start(model, state: dict) -> tuple[list[str], list[str]]:
 
 # A trained model on your own image and sentence
 class Pretrained:
-    """A trained model that takes PIL images and strings. Made by from_pretrained."""
+    """A trained model that takes PIL images, of 8 bits a channel, and strings. Made by from_pretrained."""
 
     def __init__(self, model: PretrainModel, tokenizer, max_tokens: int, max_words: int):
         self.model, self.encoders = model.eval(), model.encoders
@@ -1385,7 +1385,7 @@ def load_trained(path, device: str = "cpu"):
     try:
         sizes = config["model"] | {"image_size": config[task]["image_size"] or config["model"]["image_size"]}
         model = build_model(task, len(vocab), sizes, config["method"] | {"queue_size": 0})
-        load_weights(model, {key: value for key, value in checkpoint["model"].items() if "queue" not in key}, ("queue",))
+        load_weights(model, {k: v for k, v in checkpoint["model"].items() if "queue" not in k}, ("queue",))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is no checkpoint of this version: {error}") from None
     return model.to(device).eval(), load_tokenizer(vocab), checkpoint

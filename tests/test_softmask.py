@@ -406,7 +406,7 @@ def test_text_encoder_and_mlm_head_equal_transformers(saved_bert, names):
         assert any(key.endswith("gamma") for key in state)
     encoders = make_encoders(seed=5)
     fresh = softmask.load_bert(encoders, state)
-    assert fresh and all(key.startswith(("vision", "image_proj", "text_proj", "fusion")) for key in fresh)
+    assert fresh and all(key.startswith(("image_proj", "text_proj", "fusion")) for key in fresh)  # no word of the ViT's
     theirs = bert(input_ids=ids, attention_mask=mask, output_hidden_states=True)
     kept = mask.bool()
     text_embeds = encoders.encode_text(ids, mask)
@@ -900,7 +900,7 @@ def test_constant_cam_masks_nothing(value):
     assert (softmask.soft_mask(torch.full((2, 4, 9), value), torch.ones(2, 4).bool()) == 0).all()
 
 
-@pytest.mark.parametrize("scale", [1e-30, 1e-6, 1.0, 1e6])
+@pytest.mark.parametrize("scale", [1e-38, 1e-30, 1e-6, 1.0, 1e6])
 def test_soft_mask_reaches_exactly_0_and_1_and_averages_pieces(scale):
     cam = randn(5, 6, 9).abs() * scale
     picked = torch.tensor([[0, 1, 0, 0, 0, 0], [0, 1, 1, 0, 0, 0], [0, 0, 1, 1, 1, 0], [0] * 6, [0, 0, 0, 0, 0, 1]])
@@ -1297,6 +1297,24 @@ def test_projections_under_autocast_are_one_product(monkeypatch, names):
     assert [part.dtype for part in found] == [torch.bfloat16] * len(names)
     for ours, theirs in zip([*found, *gradients], [*expected, *expected_gradients], strict=True):
         assert ours.shape == theirs.shape and (ours.float() - theirs.float()).abs().max() < 0.02 * theirs.abs().max()
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_layers_put_in_place_of_projections_are_called(precision):
+    """As adapters are (LoRA), which show the weight of the layer that they wrap."""
+    class Adapter(torch.nn.Module):
+        def __init__(self, layer):
+            super().__init__()
+            self.layer, self.weight, self.bias, self.low = layer, layer.weight, layer.bias, torch.nn.Linear(16, 16)
+
+        def forward(self, x):
+            return self.layer(x) + self.low(x)
+
+    attention = make_encoders().vision.blocks[0].attn
+    attention.query = Adapter(attention.query)
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16):
+        attention(randn(2, 10, 16))[0].sum().backward()
+    assert attention.query.low.weight.grad.abs().max() > 0
 
 
 @pytest.mark.parametrize("return_probs", [True, False])
@@ -1741,7 +1759,7 @@ def test_flip_words():
     assert softmask.flip_words("left of the right dog") == "right of the left dog"
     assert softmask.flip_words("leftover bright aright copyright") == "leftover bright aright copyright"
     assert softmask.flip_words("left, right; (left) left-hand") == "right, left; (right) right-hand"
-    assert softmask.flip_words("") == ""
+    assert softmask.flip_words("LEFT of it, the Right one") == "RIGHT of it, the Left one" and softmask.flip_words("") == ""
 
 
 # Text
@@ -1844,6 +1862,7 @@ def test_tokenize_at_the_edges():
     empty = softmask.tokenize(tokenizer, ["", " "], 6)
     assert empty["input_ids"].tolist() == [[2], [2]] and empty["attention_mask"].tolist() == [[1], [1]]
     assert empty["word_ids"].tolist() == [[-1], [-1]] and empty["truncated"] == 0
+    assert softmask.tokenize(tokenizer, "a dog", 6)["input_ids"].tolist() == [[2, 5, 7]]  # one text, not its letters
     assert softmask.tokenize(tokenizer, ["a red dog"], 4)["truncated"] == 0
     cut = softmask.tokenize(tokenizer, ["a red dogs"], 4)
     assert cut["input_ids"].tolist() == [[2, 5, 6, 7]] and cut["word_ids"].tolist() == [[-1, 0, 1, 2]]
@@ -2000,6 +2019,21 @@ def test_checkpoints_that_cannot_be_read(tmp_path):
     write_checkpoint(tmp_path / "other.pt", make_model(seed=1))  # the vocabulary is shorter than the embedding
     with pytest.raises(ValueError, match=r"text.embeddings.word.weight has shape \(30, 24\)"):
         softmask.from_pretrained(tmp_path / "other.pt")
+
+
+@pytest.mark.parametrize("images_per_text, images", [(1, 2), (2, 1), (2, 3)])
+def test_another_number_of_images_is_refused(images_per_text, images):
+    model = softmask.ClassifierModel(softmask.Encoders(**SIZES, images_per_text=images_per_text), 2, momentum=0.9)
+    batch = make_batch()
+    with pytest.raises(ValueError, match=f"^{images} images a text, the model takes {images_per_text}$"):
+        images = torch.stack([batch["image"]] * images, 1)
+        model.logits(model.encoders, images, batch["input_ids"], batch["attention_mask"])
+
+
+@pytest.mark.parametrize("shape", [(3, 12, 12), (1, 1, 12, 12), (2, 3, 12, 8)])
+def test_images_of_another_shape_are_refused(shape):
+    with pytest.raises(ValueError, match=re.escape(f"image has shape {shape}, the model takes (B, 3, 12, 12)")):
+        make_encoders().encode_image(torch.zeros(shape))
 
 
 def test_paired_layers_share_keys_and_values_in_student_and_twin():

@@ -424,11 +424,11 @@ def test_reranking_equals_the_loop_over_pairs(runs, tmp_path):
     assert found["reranked"] == evaluation.retrieval_metrics(naive_i2t, naive_t2i, torch.from_numpy(image_of_text))
 
 
-def random_model(task, seed=0, vocab_size=40, **sizes):
+def random_model(task, seed=0, vocab_size=40, queue_size=6, **sizes):
     """A small model, all of whose weights are random and its twin's differ; sizes: settings of the section model."""
     config = data.config_to_dict(load_config())
     torch.manual_seed(seed)
-    model = softmask.build_model(task, vocab_size, config["model"] | sizes, config["method"] | {"queue_size": 6})
+    model = softmask.build_model(task, vocab_size, config["model"] | sizes, config["method"] | {"queue_size": queue_size})
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape))
@@ -697,6 +697,14 @@ def test_albefs_other_checkpoints_are_read(file, source_task, task, fresh, left)
     if task == "vqa" and source_task != "vqa":
         layers, decoder = source.encoders.fusion.layers.state_dict(), model.encoders.decoder.fusion.layers.state_dict()
         assert_same(dict(layers), dict(decoder))
+
+
+@pytest.mark.parametrize("task", ["pretrain", "retrieval"])
+def test_empty_queues_are_not_exported(task):
+    """As those of from_pretrained: ALBEF would refuse them, whose own have another shape."""
+    full, empty = (set(softmask.export_albef(random_model(task, 1, queue_size=size))) for size in (4, 0))
+    assert full - empty == {"image_queue", "text_queue"} | ({"idx_queue"} if task == "retrieval" else set())
+    assert empty < full
 
 
 @pytest.mark.parametrize("task", ["retrieval", "grounding"])
