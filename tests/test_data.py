@@ -170,7 +170,11 @@ def test_overrides():
     ("seed=0x" + "f" * 5000, "too many digits|4300 digits"),
     ("seed=" + "x" * 99, "seed: wanted int, got 'x{5,40}...x{5,40}'"),
     ("x" * 500 + "=1", "x{100} is no setting"),
-    ("model.dropout=1.5", "model.dropout: 1.5 is out of range"),
+    *((f"{section}.{name}=1.5", f"{section}.{name}: 1.5 is out of range; wanted 0 to 1.0") for section, name in [
+        ("model", "dropout"), ("method", "momentum"), ("method", "alpha"), ("method", "words_first"),
+        ("method", "mlm_probability"), ("method", "distort_brightness"), ("method", "distort_contrast"),
+        ("method", "distort_blur"), ("method", "distort_grayscale")]),
+    ("max_bad_image_share=1.5", "max_bad_image_share: 1.5 is out of range; wanted 0 to 1.0"),
     ("method.temp=0.0", "method.temp"),
     ("model.image_size=65", "model.image_size must be a multiple of model.patch_size"),
     ("model.vision_heads=3", "model.vision_width must be a multiple of model.vision_heads"),
@@ -482,6 +486,41 @@ def jpeg(color, size=(24, 20)):
 
 
 RED, BLUE = jpeg("red"), jpeg("blue")
+
+
+def test_limits_of_a_shard_s_members(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "INDEX_FOLDER", str(tmp_path))
+    shard = write_shard(tmp_path / "0.tar", {"a.jpg": RED, "a.txt": b"a long caption", "a.json": b'{"caption": "b"}'})
+    image = data.Records([shard], "pretrain")[0]["image"]
+    monkeypatch.setattr(data, "MAX_SHARD_IMAGE_BYTES", len(RED))
+    assert data.read_image(image).size == (24, 20)
+    monkeypatch.setattr(data, "MAX_SHARD_IMAGE_BYTES", len(RED) - 1)
+    with pytest.raises(data.BadImage, match="bytes are over"):
+        data.read_image(image)
+    places = {".txt": {"a": {"offset": 0, "size": 14}}, ".json": {}}
+    for limit, caption in ((14, "a long caption"), (13, None)):
+        monkeypatch.setattr(data, "MAX_RECORD_BYTES", limit)
+        assert data.read_caption(io.BytesIO(b"a long caption"), "a", places) == caption
+
+
+def test_a_sparse_member_is_no_sample(tmp_path, monkeypatch):
+    """What it holds does not lie in the shard as it is."""
+    monkeypatch.setattr(data, "INDEX_FOLDER", str(tmp_path))
+    with tarfile.open(tmp_path / "0.tar", "w", format=tarfile.GNU_FORMAT) as shard:
+        for name, content, kind in (("a.jpg", RED, tarfile.GNUTYPE_SPARSE), ("a.txt", b"a dog", tarfile.REGTYPE),
+                                    ("b.jpg", RED, tarfile.REGTYPE), ("b.txt", b"a cat", tarfile.REGTYPE)):
+            member = tarfile.TarInfo(name)
+            member.size, member.type = len(content), kind
+            shard.addfile(member, io.BytesIO(content))
+    records = data.Records([str(tmp_path / "0.tar")], "pretrain")
+    assert [row["caption"] for row in records] == ["a cat"]
+
+
+def test_a_file_with_brackets_in_its_name_is_itself(tmp_path):
+    path = write_json(tmp_path / "a[1].json", [])
+    assert data.matches(path) == [path] == data.matches(str(tmp_path / "a[[]1].json"))
+
+
 SAMPLES = {"000.jpg": RED, "000.txt": b"a red dog\n", "000.json": b'{"caption": "not this one"}',
            "b/../../001.PNG": BLUE, "b/../../001.json": '{"caption": "a caf\u00e9", "sha256": null}'.encode(),
            "002.webp": BLUE, "003.jpeg": RED, "003.json": b'{"caption": null}', "004.jpg": RED, "004.txt": b" \n",
@@ -1019,6 +1058,9 @@ def test_load_retrieval(tmp_path):
     images, captions, image_of_caption = data.load_retrieval(write_json(tmp_path / "r.json", rows), "root", 2)
     assert images == ["root/a.jpg", "root/b.jpg"] and captions == ["one two", "three four", "six"]
     assert image_of_caption.tolist() == [0, 0, 1] and image_of_caption.dtype == np.int64
+    spelt = write_json(tmp_path / "spelt.json", [rows[1], {"image": "a.jpg", "caption": "one"}, {"image": "./a.jpg", "caption": "two"}])
+    with pytest.raises(data.InputError, match="spelt.json: root/a.jpg is in 2 records"):
+        data.load_retrieval(spelt, "root", 2)
     flat = write_json(tmp_path / "flat.json", [rows[1], {"image": "a.jpg", "caption": "one"}, {"image": "a.jpg", "caption": "two"}])
     with pytest.raises(data.InputError, match="flat.json: root/a.jpg is in 2 records; .* each image once, with all its captions"):
         data.load_retrieval(flat, "root", 2)
@@ -1104,6 +1146,23 @@ def test_check_opens_images(pairs, tmp_path, capsys):
         out = capsys.readouterr().out
         assert f"of 12 images opened 1 cannot be read\n    {tmp_path}/11.png: " in out, out
         assert out.count("of 2 images opened 0 cannot be read\n") == (test == 2)
+
+
+def test_check_scales_what_it_finds_to_all_images(pairs, tmp_path, capsys, monkeypatch):
+    """Of 2,400 images 20 are opened; a third of them are damaged, which training would find too many."""
+    rows, config = pairs
+    for number in range(12):
+        (tmp_path / f"{number}.png").write_bytes((tmp_path / f"{number}.png").read_bytes()[: 300 if number < 4 else None])
+    monkeypatch.setattr(data, "MAX_OPENED_IMAGES", 20)
+    (tmp_path / "vocab.txt").write_text("\n".join(VOCABULARY))
+    evaluation = write_json(tmp_path / "e.json", rows[4:6])
+    files = dataclasses.replace(
+        config.data, tokenizer=str(tmp_path / "vocab.txt"), pretrain_files=[write_json(tmp_path / "p.json", rows * 200)],
+        retrieval="tiny", retrieval_sets={"tiny": data.Files(str(tmp_path), [], None, evaluation)},
+        grounding_boxes=None, foils=None)
+    assert not data.check(dataclasses.replace(config, data=files, max_bad_image_share=0.01), "pretrain")
+    bad = capsys.readouterr().out.split("of 20 images opened ")[1].split()[0]
+    assert 0 < int(bad) <= 10  # so that they alone would be too few
 
 
 def test_check_finds_what_training_would_refuse_or_learn_nothing_from(pairs, tmp_path, capsys):

@@ -227,6 +227,10 @@ def test_grounding_looks_at_the_pieces_of_the_shape_word(scene, monkeypatch):
     wrong = evaluation.pointing_metrics(model, tokenize_with(tokenizer, config), [row] * 3, folder, 32, config)
     assert (wrong["hit_own"], wrong["mass_own"], wrong["hit_other"], wrong["ratio"]) == (0, 0, 100, 0)
     assert wrong["objects"] == 6
+    row["other_boxes"] = [[0, 0, 8, 8]]  # of an object that the caption does not name, before the diamond
+    patches["diamond"], patches["star"] = 0, 0  # so the diamond's word hits its own and one of two, the star's both others
+    other = evaluation.pointing_metrics(model, tokenize_with(tokenizer, config), [row], folder, 32, config)
+    assert (other["hit_own"], other["hit_other"]) == (50, 75)
 
 
 def test_grounding_leaves_no_gradient(scene):
@@ -474,6 +478,23 @@ def test_check_elsewhere_takes_the_seeds_spread(r1, inside, runs, capsys):
     assert "(seed: " in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("shift, inside", [(0.7, True), (0.8, False)])
+def test_check_elsewhere_allows_for_a_figure_that_never_varied(shift, inside, runs, capsys):
+    """As if it had varied by 0.1: 6.62 * 0.1 * sqrt(6 / 5) = 0.73."""
+    write, record = runs
+    folder = write("other", 3, 22.0, "2.1")
+    metrics = json.loads((folder / "metrics.json").read_text())
+    metrics["metrics"]["foils"]["shape"]["accuracy"] += shift
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+    assert evaluation.check(folder, record) == (0 if inside else 1), capsys.readouterr().out
+
+
+def test_platform_is_all_that_decides_how_a_run_rounds():
+    found = evaluation.platform_of(data.load_config("scenes", ["device=cpu"]))
+    assert found.keys() == {"torch", "machine", "processor", "capability", "threads", "processes", "device"}
+    assert (found["threads"], found["processes"], found["device"]) == (torch.get_num_threads(), 1, "cpu")
+
+
 def test_check_refuses_other_settings_and_too_few_runs(runs, tmp_path, trained):
     write, record = runs
     with pytest.raises(data.InputError, match="precision: float32 recorded, bf16 here"):
@@ -506,6 +527,17 @@ def test_recorded_figures_are_of_the_present_settings(tmp_path):
     assert evaluation.computed(evaluation.read_run(tmp_path / "metrics.json")) == recorded
 
 
+def test_effect_of_a_setting_has_one_sign_in_whatever_order_runs_come():
+    before, after = {"x": 0}, {"x": 1}
+    runs = [(before, 1, {"m": 1.0}), (after, 1, {"m": 3.0}), (after, 2, {"m": 13.0}), (before, 2, {"m": 11.0})]
+    assert "| x | 0 | 1 | 2 | 2 | 2.0 ± 0.0 |" in evaluation.tabulate(runs)
+
+
+def test_headline_has_no_floors():
+    figures = {"val_d": 1.0, "chance_val_d": 2.0, "uniform_val_d": 3.0, "majority": 4.0, "standard_error": 5.0}
+    assert evaluation.headline({"test": figures}) == {"val_d": 1.0}
+
+
 # Curves
 
 
@@ -515,7 +547,8 @@ def test_curve_of_runs_with_other_fields(tmp_path, monkeypatch):
               "b": 2 * [{"loss_itc": 4.0, "txt_r1": 3.0, "img_r1": 4.0}]}
     for name, lines in fields.items():
         (tmp_path / name).mkdir()
-        lines = [json.dumps({"step": i + 1, "pairs": 32 * i + 32} | line) + "\n" for i, line in enumerate(lines)]
+        stride = 1 if name == "a" else 2  # of other batches; the axis has the pairs
+        lines = [json.dumps({"step": stride * i, "pairs": 32 * i} | line) + "\n" for i, line in enumerate(lines, 1)]
         (tmp_path / name / "log.jsonl").write_text("".join(lines))
     evaluation.curve(list(fields))
     with Image.open(tmp_path / "a" / "curve.png") as picture:

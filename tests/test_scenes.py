@@ -182,6 +182,7 @@ def test_same_seed_same_bytes_and_rendered_once(rendered, tmp_path, monkeypatch)
     level, folder = rendered
     again = data.render_scenes(tmp_path, level, **COUNTS, image_size=SIDE, seed=3)
     assert again.name == folder.name and [path.name for path in tmp_path.iterdir()] == [again.name]
+    assert again.stat().st_mode & 0o777 == 0o755  # others may read it, too
     files = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
     assert files == sorted(path.relative_to(again) for path in again.rglob("*") if path.is_file())
     assert all((folder / file).read_bytes() == (again / file).read_bytes() for file in files)

@@ -756,6 +756,7 @@ def test_words_loss_by_hand():
             mean = (math.exp(2 * one[word]) + math.exp(2 * other[word])) / 2
             p = 1 / (1 + math.exp(-math.log(mean) / 2))
             expected -= math.log(p if word in said else 1 - p) / 2
+    assert softmask.words_loss(logits, input_ids, word_ids) == softmask.words_loss(logits, input_ids, word_ids, 5.0)
     loss = softmask.words_loss(logits, input_ids, word_ids, sharpness=2.0)
     assert loss.item() == pytest.approx(expected, rel=1e-6)
     (gradient,) = torch.autograd.grad(loss, logits)
@@ -771,6 +772,15 @@ def test_words_losses_teach_the_image_encoder_and_the_word_embeddings_alone():
     reached = {name for name, p in model.named_parameters() if p.grad is not None}
     vision = {name for name, _ in model.named_parameters() if name.startswith("encoders.vision.")}
     assert reached == vision | {"encoders.text.embeddings.word.weight", "encoders.mlm_head.bias"}
+
+
+def test_words_losses_are_of_the_patches_alone(monkeypatch):
+    """Were they of [CLS] too, it could say the words in their place."""
+    model, batch, states = make_model(sizes={"vision_width": 24}), make_batch(), randn(4, 10, 24)
+    monkeypatch.setattr(model.encoders, "encode_image", lambda _: states)
+    before = model.words_losses(batch["image"], batch["input_ids"], batch["word_ids"])
+    states[:, 0] = 9.0
+    assert model.words_losses(batch["image"], batch["input_ids"], batch["word_ids"]) == before
 
 
 def test_words_loss_of_captions_without_a_word():
@@ -872,6 +882,12 @@ def test_the_last_fusion_layer_has_no_word_attention():
     _, _, attention, match = positive_pass(make_model(), make_batch(), 2)
     cam = softmask.word_attention(attention, match)
     assert (cam[:, 1:] == 0).all() and cam[:, 0].max() > 0
+
+
+def test_word_attention_is_finite_where_all_heads_overflow():
+    attention = torch.full((1, 4, 2, 1 + 3), 1.0, requires_grad=True)
+    match = (attention * torch.finfo(torch.float32).max * 2).sum().reshape(1)  # its gradient is infinite
+    assert softmask.word_attention(attention, match).isfinite().all()
 
 
 @pytest.mark.parametrize("layer", [2, 3, -1])
@@ -1102,7 +1118,11 @@ def test_forward_equals_the_loops(monkeypatch, soft_mask_negatives, mask_text_fo
     if clean_teacher:
         batch["clean_image"] = batch["image"] / 2 + 0.1
     fix_draws(monkeypatch, NEGATIVES, PICKED)
+    rows = []  # of which an accuracy is taken: the plain ones, then the soft-masked ones
+    monkeypatch.setattr(softmask, "itm_accuracy", lambda logits, _: rows.append(len(logits)) or torch.tensor(0.1 * len(rows)))
     losses, stats, features = model(**batch)
+    assert rows == [12, 12 if soft_mask_negatives else 4]
+    assert [stats["itm_accuracy"].item(), stats["soft_itm_accuracy"].item()] == pytest.approx([0.1, 0.2])
     naive, masks, wide = naive_losses(model, batch, NEGATIVES, PICKED)
     assert losses.keys() == naive.keys()
     for name, loss in losses.items():
@@ -1317,6 +1337,21 @@ def test_layers_put_in_place_of_projections_are_called(precision):
     assert attention.query.low.weight.grad.abs().max() > 0
 
 
+def test_what_is_done_again_in_backward_drops_the_same(monkeypatch):
+    fusion = make_encoders(dropout=0.5).fusion.train()
+    image, text, mask, cross = randn(2, 10, 16), randn(2, 5, 24, seed=1), torch.ones(2, 5), fusion.layers[0].cross_attention
+
+    def gradients():
+        torch.manual_seed(0)
+        loss = fusion(text, mask, fusion.keys_values(image))[0].square().sum()
+        return torch.autograd.grad(loss, [cross.query.weight, cross.value.weight])
+
+    again = gradients()
+    monkeypatch.setattr(torch.utils.checkpoint, "checkpoint", lambda f, *given, use_reentrant: f(*given))
+    for ours, expected in zip(again, gradients()):
+        assert_near(ours, expected)
+
+
 @pytest.mark.parametrize("return_probs", [True, False])
 def test_both_attention_paths_drop_probabilities(return_probs):
     attention = make_encoders(dropout=0.5).fusion.layers[0].cross_attention
@@ -1425,6 +1460,14 @@ def test_fresh_weights():
             assert parameter.std().item() == pytest.approx(std, rel=0.1), name
     assert torch.equal(encoders.vision.pos_embed[0, 1:], softmask.sincos_pos_embed(3, 64))
     assert not encoders.vision.pos_embed[0, 0].any() and 0.01 < encoders.vision.cls_token.std() < 0.03
+
+
+def test_wavelengths_of_sincos_pos_embed():
+    """From four grids, of 8 patches here, to four patches."""
+    columns = softmask.sincos_pos_embed(8, 16).unflatten(0, (8, 8))[0, :, 8:]  # of a row: 4 sines, 4 cosines
+    for i, wavelength in ((0, 32), (3, 4)):
+        angle = torch.arange(8) * 2 * math.pi / wavelength
+        assert_near(columns[:, [i, 4 + i]], torch.stack([angle.sin(), angle.cos()], 1))
 
 
 def test_sincos_pos_embed_tells_rows_and_columns_apart():
@@ -1602,7 +1645,10 @@ def test_blur_is_a_gaussian_of_the_stated_widths():
     sigma = (-0.5 / ratio[ratio > 1e-6].log()).sqrt()
     assert 0.1 <= sigma.min() and 1.9 < sigma.max() <= 2.001
     wide = ratio > 0.5
-    assert torch.allclose(row[wide, 130] / row[wide, 128], ratio[wide] ** 4, rtol=1e-3)
+    for offset in (2, 4):  # 4: two deviations of the widest, where the kernel ends
+        assert torch.allclose(row[wide, 128 + offset] / row[wide, 128], ratio[wide] ** offset**2, rtol=2e-3)
+    flat = torch.full((20, 3, 64, 64), 0.6)  # also at the border
+    assert torch.allclose(distort(flat, blur=1.0), flat, atol=1e-5)
 
 
 def test_hue_and_grayscale():
@@ -1731,6 +1777,19 @@ def test_augment_image_crops_within_its_bounds(monkeypatch):
     assert len(set(left)) > 10 and len(set(top)) > 5
     squared = augment(Image.fromarray(np.arange(16, dtype=np.uint8).reshape(4, 4)).convert("RGB"), 0, 4, 1.0, False, 0)
     assert squared.size == (4, 4)
+    resized = image.resize((24, 24), Image.Resampling.BICUBIC)
+    assert augment(image, 0, 24, 1.0, False, 0).tobytes() == resized.tobytes()
+
+
+def test_crops_lie_anywhere_at_ratios_even_in_their_logarithm():
+    left, top, w, h = np.array([softmask.crop_box(80, 60, 0.2, seeded(i)) for i in range(2000)], dtype=float).T
+    for place, room in ((left, 80 - w), (top, 60 - h)):
+        free = room > 10
+        assert abs((place[free] / room[free]).mean() - 0.5) < 0.03
+    small = w * h < 0.5 * 4800  # where every ratio fits
+    assert abs(np.log(w / h)[small].mean()) < 0.015
+    whole = [softmask.crop_box(60, 60, 0.5, seeded(i)) for i in range(400)].count((0, 0, 60, 60))
+    assert whole < 20  # where ten tries failed
 
 
 @pytest.mark.parametrize("size", [(400, 10), (10, 400), (1, 300), (1, 1)])
@@ -1901,6 +1960,22 @@ def model_inputs():
     return {"image": image, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
+def test_an_image_of_the_user_stays_as_it_was(trained):
+    image = IMAGE.copy()
+    image.info["exif"] = b"Exif\0\0"
+    trained[1].encode_image(image)
+    assert image.info == {"exif": b"Exif\0\0"}
+
+
+def test_texts_are_cut_at_the_task_s_own_length(tmp_path):
+    sizes = {key: value for key, value in SIZES.items() if key != "vocab_size"}
+    tasks = {task: {"image_size": None, "max_tokens": number} for task, number in (("pretrain", 4), ("retrieval", 9))}
+    config = {"model": sizes, "method": METHOD, "data": {"max_words": 5}} | tasks
+    for task in tasks:
+        write_checkpoint(tmp_path / task, make_model(sizes={"vocab_size": len(VOCABULARY)}), config=config, task=task)
+        assert softmask.from_pretrained(tmp_path / task).max_tokens == tasks[task]["max_tokens"]
+
+
 def test_pretrained_features(trained):
     model, pretrained = trained
     inputs = model_inputs()
@@ -2019,6 +2094,13 @@ def test_checkpoints_that_cannot_be_read(tmp_path):
     write_checkpoint(tmp_path / "other.pt", make_model(seed=1))  # the vocabulary is shorter than the embedding
     with pytest.raises(ValueError, match=r"text.embeddings.word.weight has shape \(30, 24\)"):
         softmask.from_pretrained(tmp_path / "other.pt")
+
+
+@pytest.mark.parametrize("task", ["retrieval", "grounding"])
+def test_fine_tuning_has_albefs_losses(task):
+    sizes = {key: value for key, value in SIZES.items() if key != "vocab_size"}
+    model = softmask.build_model(task, VOCAB_SIZE, sizes, METHOD)
+    assert (model.focal_gamma, model.soft_mask, model.mask_text_for) == (0.0, False, None)
 
 
 @pytest.mark.parametrize("images_per_text, images", [(1, 2), (2, 1), (2, 3)])
