@@ -317,7 +317,10 @@ def write_photographs(folder, side):
 
 def measure_pipeline(options, folder, files):
     """Images per second of CPU time of data.TrainingSet; files: what to call those of the folder."""
-    records = [{"image": str(path), "caption": "a"} for path in sorted(pathlib.Path(folder).glob("*.jp*g"))[:200]]
+    paths = [path for path in sorted(pathlib.Path(folder).iterdir()) if path.suffix.lower() in (".jpg", ".jpeg")]
+    records = [{"image": str(path), "caption": "a"} for path in paths[:200]]
+    if not records:
+        raise data.InputError(f"--images {folder}: no .jpg or .jpeg there")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as in a loader worker
     for reduced in ("false", "true"):
@@ -366,6 +369,8 @@ def main(arguments):
     parser.add_argument("--variants", nargs="+", metavar="VARIANT", help=f"of step, beside full: {', '.join(VARIANTS)}")
     parser.add_argument("--images", help="folder of JPEG files (default: synthetic ones)")
     options = parser.parse_intermixed_args(arguments)
+    if min(options.steps, options.batch) < 1:
+        parser.error("--steps and --batch are at least 1")
     variants = options.variants or []  # settings may follow them
     options.overrides = [word for word in options.words + variants if "=" in word]
     options.variants = [word for word in variants if "=" not in word]

@@ -14,7 +14,7 @@ Writes mutated files one by one into a temporary folder and reads each as traini
 
 Each must end within SECONDS and MEMORY (peak resident set above the start) as one of: good (read, and where the file
 says what it holds, read right), replaced (by another record, and reported), refused (one line, data.InputError). Prints
-a row per kind and each failure; exit status 1 if there is one. --case repeats a single case.
+a row per kind and each failure; exit status 1 if there is one. --case repeats a single file.
 """
 import argparse
 import collections
@@ -26,6 +26,7 @@ import multiprocessing
 import os
 import pickle
 import random
+import re
 import resource
 import shutil
 import signal
@@ -757,7 +758,7 @@ def run_commands(folder):
         begun, problem = time.monotonic(), None
         result = commands.run(folder, *arguments, timeout=6 * SECONDS)
         said = result.out + result.err
-        if result.status != status or wanted not in said or "Traceback" in said or "nan" in said:
+        if result.status != status or wanted not in said or "Traceback" in said or re.search(r"\bnan\b", said):
             problem = f"{' '.join(arguments[:2])} ... {arguments[-1]}: status {result.status}, {said[-1500:]}"
         outcome = ("good", "refused", "refused")[status] if wanted[:3] not in ("bad", "emp") else "replaced"
         yield "failure" if problem else outcome, problem, time.monotonic() - begun
@@ -767,18 +768,19 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--files", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--case", nargs=2, metavar=("KIND", "NUMBER"), help="run this one alone, here")
+    parser.add_argument("--case", nargs=2, metavar=("KIND", "NUMBER"), help="run this one file alone")
     options = parser.parse_args()
     rows, failures = collections.defaultdict(collections.Counter), 0
     with tempfile.TemporaryDirectory() as folder:
         if options.case:
             kind, number = options.case
-            signal.signal(signal.SIGALRM, lambda *_: sys.exit(f"still at work after {SECONDS} s"))
-            print(run_case(options.seed, kind, int(number), os.path.join(folder, "case")))
-            return 0
-        results = itertools.chain(
-            run_cases(options.seed, all_cases(options.files), folder),
-            (("commands", number, *result, 0) for number, result in enumerate(run_commands(folder))))
+            if kind not in SHARES or not number.isdecimal():
+                parser.error(f"--case {kind} {number}: wanted one of {', '.join(SHARES)}, and a number")
+            results = run_cases(options.seed, [(kind, int(number))], folder)
+        else:
+            results = itertools.chain(
+                run_cases(options.seed, all_cases(options.files), folder),
+                (("commands", number, *result, 0) for number, result in enumerate(run_commands(folder))))
         for kind, number, outcome, problem, seconds, peak in results:
             rows[kind].update(["files", outcome])
             rows[kind]["seconds"] = max(rows[kind]["seconds"], seconds)

@@ -140,6 +140,8 @@ def main():
     parser.add_argument("--reads", type=int, default=200_000, help="records read per measurement")
     parser.add_argument("--folder", help="where the temporary folder is made (default: the system's)")
     options = parser.parse_args()
+    if options.reads < 4 * BATCH:
+        parser.error(f"--reads is at least {4 * BATCH}")
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         os.makedirs(os.path.join(folder, "few"))
         few = write_lists(os.path.join(folder, "few"), FEW, 1)
@@ -150,4 +152,7 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    from eval import one_line_errors  # here, since it would count as memory of the measured processes
+
+    with one_line_errors():
+        main()

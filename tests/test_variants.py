@@ -7,7 +7,7 @@ import data
 import softmask
 import train
 import variants
-from commands import NO_EVALUATION, TINY
+from commands import NO_EVALUATION, TINY, run
 from test_softmask import make_batch, make_model, randn, seeded
 
 
@@ -27,10 +27,21 @@ def test_a_variant_and_train_do_not_go_on_with_each_others_runs(restored, monkey
     plain, arguments = data.training_set, ["pretrain", *TINY, NO_EVALUATION, "--out", str(tmp_path)]
     for _ in range(2):  # trained, then finished
         monkeypatch.setattr(data, "training_set", plain)
-        variants.main("hard_mask", *arguments)
+        variants.main(["hard_mask", *arguments])
     monkeypatch.setattr(data, "training_set", plain)
     with pytest.raises(data.InputError, match="holds a run under other settings .content of the annotation files"):
         train.main(arguments)
+
+
+@pytest.mark.parametrize("arguments, message", [
+    ([], "variant '': wanted one of hard_mask, no_mask, top_word, focal_one_hot"),
+    (["hard", "pretrain"], "variant 'hard': wanted one of"),
+    (["hard_mask", "vqa"], "a variant of pretrain alone"),
+    (["hard_mask", "check"], "a variant of pretrain alone"),
+    (["hard_mask", "pretrain.lrr=1"], "pretrain.lrr"),
+])
+def test_what_is_no_variant_of_pretrain_is_one_line(tmp_path, arguments, message):
+    assert message in run(tmp_path, "tests/variants.py", *arguments).error
 
 
 def test_hard_mask_removes_whole_patches(restored):

@@ -18,6 +18,7 @@ import torch
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import data
+import eval as evaluation
 import softmask
 import train
 
@@ -61,9 +62,17 @@ def focal_one_hot():
     )
 
 
-def main(variant, *arguments):
-    {f.__name__: f for f in (hard_mask, no_mask, top_word, focal_one_hot)}[variant]()
-    training_set = data.training_set
+VARIANTS = {f.__name__: f for f in (hard_mask, no_mask, top_word, focal_one_hot)}
+
+
+def main(arguments):
+    variant, *arguments = arguments or [""]
+    if variant not in VARIANTS:
+        raise data.InputError(f"variant {variant!r}: wanted one of {', '.join(VARIANTS)}, and then arguments of train.py")
+    options, training_set = train.parse(arguments), data.training_set
+    if options.check or options.task != "pretrain":
+        raise data.InputError(f"{variant}: a variant of pretrain alone, which is what it trains")
+    VARIANTS[variant]()
 
     def marked(config, task):  # so that neither a variant goes on with a run of train.py nor that with a variant
         dataset = training_set(config, task)
@@ -71,14 +80,15 @@ def main(variant, *arguments):
         return dataset
 
     data.training_set = marked
-    status = train.main(list(arguments))
-    path = os.path.join(train.parse(arguments).out, "metrics.json")
-    with open(path, encoding="utf-8") as file:
-        result = json.load(file)
-    result["settings"]["variant"] = variant
-    data.write_atomically(path, json.dumps(result, indent=1).encode())
+    status = train.main(arguments)
+    if evaluation.rank() == 0:
+        path = os.path.join(options.out, "metrics.json")
+        result = data.read_json(path)
+        result["settings"]["variant"] = variant
+        data.write_atomically(path, json.dumps(result, indent=1).encode())
     return status
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
+    with evaluation.one_line_errors(), train.signals:
+        sys.exit(main(sys.argv[1:]))
