@@ -489,6 +489,22 @@ def test_check_elsewhere_allows_for_a_figure_that_never_varied(shift, inside, ru
     assert evaluation.check(folder, record) == (0 if inside else 1), capsys.readouterr().out
 
 
+@pytest.mark.parametrize("hit_own, inside", [(20.1, True), (19.9, False)])
+def test_check_elsewhere_wants_words_that_point(hit_own, inside, trained, tmp_path, capsys):
+    """The spread of 40 to 80 would let 0 pass; twice a box's share, of 10 %, does not."""
+    def write(name, hit_own, torch):
+        run = json.loads(pathlib.Path(trained.out, "metrics.json").read_text())
+        run["metrics"]["pointing"] |= {"area_own": 10.0, "hit_own": hit_own}
+        run["platform"]["torch"] = torch
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.json").write_text(json.dumps(run))
+        return tmp_path / name
+
+    evaluation.record([write(f"{value}", value, "2.0") for value in (40.0, 60.0, 80.0)], tmp_path / "record.json")
+    assert evaluation.check(write("other", hit_own, "2.1"), tmp_path / "record.json") == (0 if inside else 1)
+    assert ("pointing: hit_own: 20.0 to " in capsys.readouterr().out) == (not inside)
+
+
 def test_platform_is_all_that_decides_how_a_run_rounds():
     found = evaluation.platform_of(data.load_config("scenes", ["device=cpu"]))
     assert found.keys() == {"torch", "machine", "processor", "capability", "threads", "processes", "device"}
