@@ -152,17 +152,20 @@ def test_evaluation_without_a_file_is_refused(trained, tmp_path):
         assert message in result.error and result.error.endswith(", or give --split val")
 
 
-def test_a_gallery_of_ones_own_beside_the_scenes_boxes_and_foils(scene, tmp_path):
-    """These were looked for among its images."""
+def test_a_gallery_of_ones_own_beside_the_scenes_boxes_and_foils(scene, tmp_path, monkeypatch):
+    """These were looked for among its images. The picture has each image once, with its first caption."""
     model, tokenizer, config, folder = scene
     for name in ("one", "two"):
         Image.new("RGB", (40, 30), "red").save(tmp_path / f"{name}.jpg")
-    rows = [{"image": f"{name}.jpg", "caption": f"a {name}"} for name in ("one", "two")]
+    rows = [{"image": f"{name}.jpg", "caption": [f"a {name}", "a star"]} for name in ("one", "two")]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
+    drawn = []
+    monkeypatch.setattr(evaluation, "draw_masks", lambda api, pairs, path: drawn.extend(pairs))
     mine = data.Files(str(tmp_path), [], None, str(tmp_path / "rows.json"))
     settings = dataclasses.replace(config.data, retrieval="mine", retrieval_sets={"mine": mine})
     metrics = evaluation.evaluate_pretrained(model, tokenizer, dataclasses.replace(config, data=settings), str(tmp_path))
     assert metrics.keys() == {"zero_shot", "reranked", "pointing", "foils"}
+    assert drawn == [(str(tmp_path / "one.jpg"), "a one"), (str(tmp_path / "two.jpg"), "a two")]
 
 
 # Pointing
@@ -589,8 +592,11 @@ def test_curve_of_a_run(trained, tmp_path):
     with Image.open(os.path.join(trained.out, "curve.png")) as picture:
         assert picture.size == (900, 330)
     with Image.open(os.path.join(trained.out, "masks_over_training.png")) as sheet:
-        with Image.open(os.path.join(trained.out, "masks_60.png")) as first:
-            assert sheet.size == (first.width, 2 * first.height)
+        for number, step in enumerate((30, 60)):
+            with Image.open(os.path.join(trained.out, f"masks_{step}.png")) as row:
+                assert sheet.size == (row.width, 2 * row.height)
+                part = sheet.crop((0, number * row.height, row.width, (number + 1) * row.height)).convert("RGB")
+                assert np.abs(np.subtract(part, row.convert("RGB"), dtype=float)).mean() < 5  # of another row: more
 
 
 def test_curve_of_two_fine_tuning_runs_and_of_none(tmp_path):
