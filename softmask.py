@@ -6,14 +6,14 @@ Base:  ALBEF, Li et al., NeurIPS 2021, https://arxiv.org/abs/2107.07651, https:/
 Every formula and number carries the mark of its source:
   [paper]  said in the abstract or the caption of Fig. 2 of the SoftMask++ paper
   [ALBEF]  ALBEF's published code or paper, the stated base of the method
-  [ours]   our choice, where those are silent
+  [ours]   our choice, where those are silent, or where we leave ALBEF's way (which the mark then names)
 
 Symbols
   B pairs in a batch     L text tokens       N image patches (an image is 1 + N tokens: [CLS] first)
   D width of a state     H attention heads   P width of the contrastive space   K entries of a queue
   R rows of a fusion pass (a row is one text with one image)   I images   V vocabulary
   image_embeds, text_embeds   token states (B, 1 + N, D), (B, L, D)
-  image_feat, text_feat       projected, L2-normalised [CLS] states (B, P); _m: of the momentum twin
+  image_feat, text_feat       projected, L2-normalised [CLS] states (B, P); _m: of the momentum twin, the teacher
   sim_i2t, sim_t2i            similarities over temperature, image to text and text to image
 Polarity: an attention mask is 1 (True) where a token may be attended; a soft mask is 1 where a patch is most
 relevant, and so is hidden most; ITM label 1 is a match. "Copy with" in a docstring: all that a part needs of this.
@@ -29,10 +29,10 @@ Index
   hard_negatives, itm_loss          image-text matching               [ALBEF] models/model_pretrain.py
   mlm_loss                          masked words, distilled           [ALBEF] models/xbert.py
   words_loss                        for a ViT that starts fresh       [ours]
-  word_attention                    word-conditional attention        [paper] abstract; caption of Fig. 2: Section 4.1
-  pick_word, soft_mask              the text-driven soft mask         [paper] caption of Fig. 2: Section 4.1
-  PretrainModel                     all of it in the order of Fig. 2  [paper] Fig. 2
-                                    retrieval, grounding              [ALBEF] models/model_retrieval.py
+  word_attention                    word-conditional attention        [paper] Section 4.1, by the caption of Fig. 2
+  pick_word, soft_mask              the text-driven soft mask         [paper] Section 4.1, by the caption of Fig. 2
+  PretrainModel                     these in the order of Fig. 2      [paper] Fig. 2
+                                    also for retrieval and grounding  [ALBEF] models/model_retrieval.py
   ClassifierModel                   SNLI-VE, NLVR2                    [ALBEF] models/model_ve.py, model_nlvr.py
   TextAssignmentModel               pre-training for NLVR2            [ALBEF] models/model_pretrain_nlvr.py
   VqaModel                          question answering                [ALBEF] models/model_vqa.py
@@ -132,7 +132,7 @@ class GeluLinear(torch.autograd.Function):
 
 
 class Mlp(nn.Module):
-    """Two linear layers, a GELU (erf) between. [ALBEF] Hooks on and wrappers of fc2: skipped. Copy with: GeluLinear."""
+    """Two linear layers, a GELU (erf) between. [ALBEF] fc2 is not called, nor its hooks. Copy with: GeluLinear."""
 
     def __init__(self, dim: int, hidden_dim: int):
         super().__init__()
@@ -191,7 +191,7 @@ class VisionTransformer(nn.Module):
 def sincos_pos_embed(grid: int, width: int):
     """Position embedding of a fresh ViT, (grid * grid, width): sines and cosines of row and column. [ours]
 
-    Wavelengths: four grids to four patches. ALBEF's faint noise drowned in the patch embedding; places came late.
+    Wavelengths: four grids to four patches. ALBEF's faint noise drowned in the patch embedding: positions came late.
     """
     frequency = torch.linspace(math.log(math.pi / 2), math.log(math.pi * grid / 2), max(width // 4, 1)).exp() / grid
     angle = torch.arange(grid)[:, None] * frequency
@@ -243,7 +243,7 @@ class TextLayer(nn.Module):
 
     def attend(self, x, keys_values, image_index, keys_mask, return_probs):
         """Cross-attention of x (R, L, D); the others: see FusionEncoder. Returns output (R, L, D), probs."""
-        keys, values, *soft_scale = keys_values
+        keys, values, *soft_scale = keys_values  # soft_scale: 1 - m, where soft_mask_keys_values has put it
         if soft_scale:
             keys, values = self.cross_attention.scale_keys_values(keys, values, *soft_scale)
         ordered, attended = len(x) - len(image_index), []
@@ -323,9 +323,9 @@ class FusionEncoder(nn.Module):
         return [(keys.contiguous(), values.contiguous()) for keys, values in pairs]  # once, not in each product
 
     def soft_mask_keys_values(self, keys_values, mask):
-        """Those of soft-masked images, v~ = (1 - m) v per patch, not of [CLS]. [paper]; 1 - m, [CLS]: [ours]
+        """Those of soft-masked images [paper], v~ = (1 - m) v per patch, [CLS] as it is [ours].
 
-        mask m (I, N) in [0, 1], 1 = most relevant = hidden most. 1 - m comes along; they are scaled where read.
+        mask m (I, N) in [0, 1], 1 = most relevant = hidden most. 1 - m comes along; TextLayer.attend scales by it.
         """
         scale = 1 - F.pad(mask, (1, 0))  # (I, N) -> (I, 1 + N); the image's [CLS] has m = 0
         return [(keys, values, scale) for keys, values in keys_values]
@@ -335,8 +335,8 @@ class FusionEncoder(nn.Module):
     ):
         """Fuse R texts text_embeds (R, L, D) with the images they read.
 
-        mask (R, L), or (R, L, L) where tokens differ; keys_mask (I, 1 + N), of keys_values: what may be attended.
-        image_index (n,) int64: the images of the last n rows; those before, or all (None), lie image by image, evenly.
+        mask (R, L), or (R, L, L), a row for each query; keys_mask (I, 1 + N), of keys_values: what may be attended.
+        image_index (n,) int64: image of each of the last n rows; rows before (None: all) are grouped by image, evenly.
         cls_only: the last layer makes the state of [CLS] alone, all that a match score reads; the same number, sooner.
         Returns states (R, L, D) or (R, 1, D), and attention_layer's probabilities (R, H, L, 1 + N), float32, or None.
         """
@@ -512,7 +512,7 @@ def hard_negatives(sim, allowed, generator=None):
 
 
 def itm_loss(logits, labels):
-    """Mean cross-entropy of logits (R, 2) with labels (R,), 1 match, 0 none, -100 left out; 0 if all are. [ALBEF]"""
+    """Mean cross-entropy of logits (R, C), C = 2: 1 is a match; labels (R,), -100 left out; 0 if all are. [ALBEF]"""
     total = F.cross_entropy(logits.float(), labels, ignore_index=-100, reduction="sum")
     return total / (labels != -100).sum().clamp_min(1)
 
@@ -534,19 +534,19 @@ def mlm_loss(logits, logits_m, labels, alpha):
 
 
 def words_loss(logits, input_ids, word_ids, sharpness: float = 5.0):
-    """Which of the batch's words does the caption have? Binary cross-entropy, summed over words, mean over B. [ours]
+    """Bag of words: which of the batch's does the caption have? Binary cross-entropy, sum over words, mean of B. [ours]
 
     logits (B, N, V): of each patch; a word's is their log-mean-exp, sharpened: nearly the highest, so that nothing is
     gained by spreading it over the background. input_ids, word_ids (B, L): of tokenize. Not the paper's.
     """
     said = torch.zeros_like(logits[:, 0]).scatter_reduce(1, input_ids, (word_ids >= 0).to(logits), "amax")  # (B, V)
-    some = said.any(0)  # (V,): the words of no caption, many times as many, would hold up the learning of these
+    some = said.any(0)  # (V,): the words of no caption are left out: as negatives, so many, they would slow learning
     shown = (sharpness * logits[:, :, some].float()).logsumexp(1) - math.log(logits.shape[1])
     return F.binary_cross_entropy_with_logits(shown / sharpness, said[:, some].float(), reduction="sum") / len(logits)
 
 
 def itm_accuracy(logits, labels):
-    """Mean of the accuracy on matches and on non-matches, each in [0, 1], 0.5 for a kind that does not occur. [ours]"""
+    """Balanced accuracy: mean of matches' and non-matches', each in [0, 1], 0.5 for a kind that is absent. [ours]"""
     right = logits.argmax(1) == labels
     rates = [torch.where(kind.any(), (right & kind).sum() / kind.sum(), 0.5) for kind in (labels == 0, labels == 1)]
     return sum(rates) / 2
@@ -554,7 +554,7 @@ def itm_accuracy(logits, labels):
 
 # Word attention and soft mask
 def check_attention_layer(layer: int, fusion_layers: int):
-    """ValueError for no fusion layer, from 0, or the last, where the gradient of a word's row is exactly zero."""
+    """ValueError unless it is a fusion layer, from 0, and not the last, where a word's row gets no gradient."""
     if not 0 <= layer < fusion_layers - 1:
         raise ValueError(f"attention_layer {layer} is none of {list(range(fusion_layers - 1))}: all but the last")
 
@@ -565,7 +565,7 @@ def word_attention(attention, match_logit):
         G = mean over heads of A * relu(ds/dA), patches only
 
     attention A (B, H, L, 1 + N), float32, with a graph, not compiled; match_logit s (B,), its pair's "match" logit.
-    Returns G (B, L, N) float32, detached, finite where ds/dA overflows (fp16). It fills no .grad, so DDP never sees it.
+    Returns G (B, L, N) float32, detached [ours], finite where ds/dA overflows (fp16). It fills no .grad, unseen by DDP.
     """
     with torch.autocast(attention.device.type, enabled=False):  # which else takes the gradient in bf16
         (gradient,) = torch.autograd.grad(match_logit.sum(), attention, retain_graph=True)
@@ -574,7 +574,7 @@ def word_attention(attention, match_logit):
 
 @torch.no_grad()
 def pick_word(word_ids, excluded, generator=None):
-    """One whole word of each caption, drawn evenly. [paper] caption of Fig. 2: one is picked at random
+    """One word of each caption, picked at random [paper, caption of Fig. 2], evenly, whole, with all its pieces [ours].
 
     word_ids (B, L): see tokenize; excluded (B, L) bool: tokens whose words may not be picked, those chosen for MLM
     [ours]. Returns (B, L) bool: the pieces of the picked word; nothing where no word is left.
@@ -589,7 +589,7 @@ def pick_word(word_ids, excluded, generator=None):
 
 @torch.no_grad()
 def soft_mask(cam, picked):
-    """The text-driven soft mask: the min-max normalised Grad-CAM of one word. [paper] caption of Fig. 2
+    """The text-driven soft mask: one word's Grad-CAM, normalised [paper, caption of Fig. 2], by min and max [ours].
 
     cam G (B, L, N); picked (B, L) bool: the word's pieces, averaged [ours].
     Returns m (B, N) float32 in [0, 1], 1 = most relevant; 0 throughout where G is constant or no word is picked.
@@ -602,7 +602,7 @@ def soft_mask(cam, picked):
 
 # Pre-training
 class TaskModel(nn.Module):
-    """What all tasks share: encoders, less the parts unused, and their twin where there is a momentum. [ALBEF]"""
+    """What all tasks share: encoders, the unused parts of them frozen, and a twin if momentum is given. [ALBEF]"""
 
     def __init__(self, encoders: Encoders, momentum: float | None, unused=("image_proj", "text_proj", "mlm_head")):
         super().__init__()
@@ -629,10 +629,10 @@ class TaskModel(nn.Module):
 class PretrainModel(TaskModel):
     """SoftMask++ pre-training: focal ITC, ITM, soft-masked ITM and MLM on one batch of pairs. [paper] Fig. 2
 
-    With soft_mask False, focal_gamma 0, mask_text_for "mlm" and no image_ids this is ALBEF.
+    With soft_mask False, focal_gamma 0, mask_text_for "mlm", no image_ids: ALBEF, but for queues, twin's dropout.
     soft_mask_negatives: no-match pairs with soft-masked images join the soft-masked ITM [ours]; without them it learns
     that a masked image is a match, and no more (RESULTS.md, The choices marked [ours]).
-    attention_layer: of the word attention, from 0; None: (fusion_layers - 1) // 2, the third of six [ALBEF].
+    attention_layer: of the word attention, from 0; None: (fusion_layers - 1) // 2 [ours], ALBEF's third of six.
     mask_text_for: "all": masked text enters ITC, ITM and MLM [paper]; "mlm": MLM alone [ALBEF]; None: there is no MLM,
     and ITC and ITM fine-tune for retrieval and grounding [ALBEF].
     The queues start empty, and what was never written is no negative [ours; ALBEF's start as random vectors].
@@ -685,7 +685,7 @@ class PretrainModel(TaskModel):
         self, image, input_ids, attention_mask, masked_ids, mlm_labels, word_ids, image_ids, alpha, generator=None,
         clean_image=None,
     ):
-        """Losses {itc, itm, soft_itm, mlm} of one batch, statistics for the log, and the arguments for enqueue.
+        """Losses {itc, itm, soft_itm, mlm} and statistics of a batch, and the arguments for enqueue, after the step.
 
         image (B, 3, S, S), normalised, distorted; input_ids, attention_mask, word_ids (B, L): of tokenize; masked_ids,
         mlm_labels (B, L): of mask_text; image_ids (B,), or None: each pair its own; alpha: weight of twin's targets.
@@ -723,7 +723,7 @@ class PretrainModel(TaskModel):
         fused, attention = student.fuse(text_embeds, attention_mask, keys_values, attention_layer=attention_layer)
         match_logits = self.itm_head(fused[:, 0])  # (B, 2)
 
-        # ITM: each text with a hard negative image, each image with a hard negative text
+        # ITM: each image with a hard negative text, then each text with a hard negative image, as further_logits wants
         negative_image, image_valid = hard_negatives(sim_t2i, different, generator)
         negative_text, text_valid = hard_negatives(sim_i2t, different, generator)
         def further_logits(texts, *reading):
@@ -736,7 +736,7 @@ class PretrainModel(TaskModel):
         losses = {"itc": loss_itc, "itm": itm_loss(*plain)}
         stats = {"itm_accuracy": itm_accuracy(*plain), "temp": self.temp.detach().clone()}
 
-        # Soft-masked ITM, under the same negatives
+        # Soft-masked ITM, with the same negatives
         if self.soft_mask:
             cam = word_attention(attention, match_logits[:, 1])
             picked = pick_word(word_ids, masked, generator)

@@ -22,7 +22,7 @@ A line of log.jsonl, means over the steps since the line before and over all pro
   loss_soft_itm      matching on soft-masked images          loss_mlm          masked language modelling
   loss_words         the caption's words, read off the patches, alone in the first steps: method.words_first
   loss_vqa           answers, weighted, per question         loss_cls          NLVR2, entailment
-  loss_ta            text assignment, before NLVR2           accuracy          of these two on their batches, 0 to 1
+  loss_ta            text assignment, before NLVR2           accuracy          of cls and ta on a batch, 0 to 1
   itm_accuracy       mean of the accuracy on matches and on non-matches: 0.5 is chance; soft_itm_accuracy likewise
   mask_mean          mean of the soft mask over patches, 0 to 1              temp   temperature of the contrastive loss
   alpha              weight of the twin's soft targets       lr                learning rate
@@ -259,7 +259,7 @@ def train(model, optimizer, loader, config, task, run):
     batches = iter(loader)
     model.train()
     for step in range(run.step, run.total_steps):
-        words_only = step < words_steps  # a training of its own: it has the whole schedule
+        words_only = step < words_steps  # a training of its own, with warm-up and cosine
         begin, end = (0, words_steps) if words_only else (words_steps, run.total_steps)
         lr = lr_at(step - begin, end - begin, task)
         for group in optimizer.param_groups:
