@@ -969,6 +969,26 @@ def test_bad_records_are_replaced_counted_and_named(own_files, tmp_path):
     assert totals[0] == totals[1]
 
 
+def test_bad_records_of_one_process_are_a_share_of_what_all_read(monkeypatch):
+    run = types.SimpleNamespace(bad_images=0, seen=0, counts=torch.zeros(2), add=lambda values: None,
+                                config=types.SimpleNamespace(max_bad_image_share=0.3))
+    batch = {"replaced": [("0.jpg", "cut off")] * 12, "image": torch.zeros(30), "truncated": 0}
+    monkeypatch.setattr(train.evaluation, "world_size", lambda: 2)
+    train.Run.count(run, batch)  # 12 of 60
+    monkeypatch.setattr(train.evaluation, "world_size", lambda: 1)
+    with pytest.raises(data.InputError, match="24 records were bad while 60 were read"):
+        train.Run.count(run, batch)
+
+
+def test_of_equal_epochs_the_first_is_kept():
+    saved, model = [], torch.nn.Identity()
+    run = types.SimpleNamespace(steps_per_epoch=2, validated=0, best=None, task_name="nlvr2", save=lambda *given: saved.append(given),
+                                validate=lambda model: {"accuracy": 50.0})
+    for run.step in (2, 4):
+        train.Run.keep_best(run, model, "optimizer")
+    assert run.best["epoch"] == 1 and saved == [(model, None), (model, "optimizer"), (model, "optimizer")]
+
+
 def test_a_run_on_shards_says_what_it_leaves_out(tmp_path):
     images = sorted((commands.scenes_folder() / "images" / "train").iterdir())[:20]
     members = {path.name: path.read_bytes() for path in images}
