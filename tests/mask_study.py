@@ -17,6 +17,7 @@ The shares that are told rightly, and those of the foils alone, go into the metr
 `python eval.py table` has their means over seeds and what each setting does to them.
 """
 
+import argparse
 import functools
 import json
 import os
@@ -125,8 +126,12 @@ def add_to_metrics(folder, masks, foils):
         data.write_atomically(path, json.dumps(run, indent=1).encode())
 
 
-def main(folders):
-    lines, tables = [], {}
+def main(arguments):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folders", nargs="*", default=["out/scenes/pretrain"], help="output folders of pre-training")
+    folders, lines, tables = parser.parse_args(arguments).folders, [], {}
+    for folder in folders:
+        softmask.checkpoint_path(folder)  # before the minutes that the others take
     for folder in folders:
         name, masks, foils = os.path.basename(os.path.normpath(folder)), study(folder), foils_alone(folder)
         lines.append([name] + [f"{loss:.3f}; {right:.1f}" for loss, right in masks.values()])
@@ -141,4 +146,4 @@ def main(folders):
 
 if __name__ == "__main__":
     with evaluation.one_line_errors():
-        main(sys.argv[1:] or ["out/scenes/pretrain"])
+        main(sys.argv[1:])
