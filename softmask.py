@@ -622,8 +622,7 @@ class TaskModel(nn.Module):
     def update_twin(self):
         """twin = momentum * twin + (1 - momentum) * student: before each step's forward pass; in float32. [ALBEF]"""
         if self.momentum is not None:
-            twin, student = list(self.encoders_m.parameters()), list(self.encoders.parameters())
-            torch._foreach_lerp_(twin, student, 1 - self.momentum)
+            torch._foreach_lerp_([*self.encoders_m.parameters()], [*self.encoders.parameters()], 1 - self.momentum)
 
 
 class PretrainModel(TaskModel):
