@@ -45,6 +45,7 @@ from PIL import Image
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
 import commands
 import data
+import eval as evaluation
 import softmask
 
 SECONDS, MEMORY, LONGEST_LINE = 20, 1.5e9, 1000
@@ -391,7 +392,7 @@ def read_layout(layout, path, config, folder):
     if layout == "retrieval_eval":
         softmask.tokenize(tokenizer, data.load_retrieval(path, folder, 9)[1], 9)
     elif layout == data.evaluation_layout(task) and "pretrain" not in task:
-        softmask.tokenize(tokenizer, [row["text"] for row in getattr(data, f"load_{task}")(path, config)], 9)
+        softmask.tokenize(tokenizer, [row["text"] for row in evaluation.load_rows(task, path, config)], 9)
     return list(records)
 
 

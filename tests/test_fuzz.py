@@ -8,7 +8,7 @@ import fuzz
 
 @pytest.mark.skipif(not fuzz.os.path.exists("/proc/self/clear_refs"), reason="peak memory is read from Linux's /proc")
 def test_no_bad_file_does_harm(tmp_path):
-    cases = [case for case in fuzz.all_cases(300) if case[1] < 20]
+    cases = [case for case in fuzz.all_cases(300) if case[1] < 20 or case[0] == "json"]  # of which every task has its own
     results = list(fuzz.run_cases(7, cases, str(tmp_path)))
     assert [result for result in results if result[3]] == [] and [result[:2] for result in results] == cases
     outcomes = collections.Counter(outcome for _, _, outcome, *_ in results)
