@@ -223,7 +223,8 @@ def test_a_clean_teacher_is_given_the_image_before_its_distortion(clean):
 def test_the_loop_by_hand(tmp_path):
     """Words first, rates of the groups, clipping, temperature, twin before the step, queue: to the bit."""
     arguments = [*TINY, NO_EVALUATION, WORDS, "pretrain.clip_norm=0.1", "pretrain.vision_lr=1e-4", "pretrain.temp_lr=0.3",
-                 "pretrain.max_tokens=5", "method.momentum=0.9", "method.queue_size=2000", "method.itm_weight=0.3", "seed=7"]
+                 "pretrain.max_tokens=5", "method.momentum=0.9", "method.queue_size=2000", "method.itm_weight=0.3", "seed=7",
+                 "checkpoint_every_steps=1000"]  # so that the end of the epoch is what saves it
     train.main(["--out", str(tmp_path), *arguments])
     config = data.resolve_scenes(data.load_config("scenes", arguments))
     task, settings = data.task_settings(config, "pretrain"), data.config_to_dict(config)
