@@ -16,7 +16,7 @@ Symbols
   image_feat, text_feat       projected, L2-normalised [CLS] states (B, P); _m: of the momentum twin, the teacher
   sim_i2t, sim_t2i            similarities over temperature, image to text and text to image
 Polarity: an attention mask is 1 (True) where a token may be attended; a soft mask is 1 where a patch is most
-relevant, and so is hidden most; ITM label 1 is a match. "Copy with" in a docstring: all that a part needs of this.
+relevant, and so is hidden most; ITM label 1 is a match. "Copy with" in a docstring: what else a part needs of here.
 
 Index
   Attention, Mlp                    building blocks
@@ -29,7 +29,7 @@ Index
   hard_negatives, itm_loss          image-text matching               [ALBEF] models/model_pretrain.py
   mlm_loss                          masked words, distilled           [ALBEF] models/xbert.py
   words_loss                        for a ViT that starts fresh       [ours]
-  word_attention                    word-conditional attention        [paper] Section 4.1, by the caption of Fig. 2
+  word_attention                    word-conditional attention        [paper] abstract; Section 4.1, by Fig. 2's caption
   pick_word, soft_mask              the text-driven soft mask         [paper] Section 4.1, by the caption of Fig. 2
   PretrainModel                     these in the order of Fig. 2      [paper] Fig. 2
                                     also for retrieval and grounding  [ALBEF] models/model_retrieval.py
@@ -512,7 +512,7 @@ def hard_negatives(sim, allowed, generator=None):
 
 
 def itm_loss(logits, labels):
-    """Mean cross-entropy of logits (R, C), C = 2: 1 is a match; labels (R,), -100 left out; 0 if all are. [ALBEF]"""
+    """Mean cross-entropy of logits (R, C), labels (R,), -100 left out; 0 if all are. Of ITM 1 is a match. [ALBEF]"""
     total = F.cross_entropy(logits.float(), labels, ignore_index=-100, reduction="sum")
     return total / (labels != -100).sum().clamp_min(1)
 
@@ -620,7 +620,7 @@ class TaskModel(nn.Module):
 
     @torch.no_grad()
     def update_twin(self):
-        """twin = momentum * twin + (1 - momentum) * student: before each step's forward pass; in float32. [ALBEF]"""
+        """twin = momentum * twin + (1 - momentum) * student, in float32: once before each optimizer step. [ALBEF]"""
         if self.momentum is not None:
             torch._foreach_lerp_([*self.encoders_m.parameters()], [*self.encoders.parameters()], 1 - self.momentum)
 
@@ -1012,10 +1012,11 @@ def flip_words(text: str) -> str:
 
 # Images and text as the model takes them
 IMAGE_MEAN, IMAGE_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+"""Per channel, of pixels in [0, 1]. [ALBEF]: CLIP's."""
 
 
 def normalize(images):
-    """images (B, 3, S, S) in [0, 1] -> what encode_image takes, by CLIP's. [ALBEF] Copy with: IMAGE_MEAN, IMAGE_STD."""
+    """images (B, 3, S, S) in [0, 1] -> what encode_image takes. [ALBEF] Copy with: IMAGE_MEAN, IMAGE_STD."""
     return TF.normalize(images, IMAGE_MEAN, IMAGE_STD)
 
 

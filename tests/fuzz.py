@@ -26,7 +26,6 @@ import multiprocessing
 import os
 import pickle
 import random
-import re
 import resource
 import shutil
 import signal
@@ -758,8 +757,8 @@ def run_commands(folder):
     ]:
         begun, problem = time.monotonic(), None
         result = commands.run(folder, *arguments, timeout=6 * SECONDS)
-        said = result.out + result.err
-        if result.status != status or wanted not in said or "Traceback" in said or re.search(r"\bnan\b", said):
+        said = (result.out + result.err).replace(folder, "")
+        if result.status != status or wanted not in said or "Traceback" in said or "nan" in said:
             problem = f"{' '.join(arguments[:2])} ... {arguments[-1]}: status {result.status}, {said[-1500:]}"
         outcome = ("good", "refused", "refused")[status] if wanted[:3] not in ("bad", "emp") else "replaced"
         yield "failure" if problem else outcome, problem, time.monotonic() - begun

@@ -285,7 +285,8 @@ def main():
             unequal = differences(out, references[name])
             wrong = result.pop("wrong") + unequal
             print(json.dumps({"kill": number} | result | {"equal": not unequal} | ({"wrong": wrong} if wrong else {})), flush=True)
-            failed, missed = failed + bool(wrong), missed + ("missed" in result)
+            failed += bool(wrong)
+            missed += "missed" in result
             key = f"{kind.name} of one rank" if name == "rank" else kind.name
             slowest[key] = max(slowest.get(key, 0), result["seconds"])
             shutil.rmtree(out)

@@ -593,6 +593,7 @@ def test_curve_of_a_run(trained, tmp_path):
         assert picture.size == (900, 330)
     with Image.open(os.path.join(trained.out, "masks_over_training.png")) as sheet:
         rows = [np.asarray(Image.open(os.path.join(trained.out, f"masks_{step}.png")).convert("RGB"), float) for step in (30, 60)]
+        assert sheet.size == (rows[1].shape[1], 2 * rows[1].shape[0])
         parts = np.split(np.asarray(sheet.convert("RGB"), float), 2)
         assert [min((0, 1), key=lambda i: np.abs(rows[i] - part).sum()) for part in parts] == [0, 1]
 

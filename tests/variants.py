@@ -71,7 +71,7 @@ def main(arguments):
         raise data.InputError(f"variant {variant!r}: wanted one of {', '.join(VARIANTS)}, and then arguments of train.py")
     options, training_set = train.parse(arguments), data.training_set
     if options.check or options.task != "pretrain":
-        raise data.InputError(f"{variant}: a variant of pretrain alone, which is what it trains")
+        raise data.InputError(f"{variant}: a variant of pretrain alone")
     VARIANTS[variant]()
 
     def marked(config, task):  # so that neither a variant goes on with a run of train.py nor that with a variant
