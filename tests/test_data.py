@@ -1131,6 +1131,13 @@ def test_check_counts_what_is_missing_and_cut(pairs, tmp_path, tokenizer, capsys
     assert f"data.tokenizer: 4 of {len(VOCABULARY) + 4} entries have capitals" in capsys.readouterr().out
 
 
+def files_to_check(config, folder, listed, evaluated):
+    """The files of pre-training on those listed, evaluated by retrieval from one file, all of them in the folder."""
+    sets = {"tiny": data.Files(str(folder), [], None, evaluated)}
+    return dataclasses.replace(config.data, tokenizer=str(folder / "vocab.txt"), pretrain_files=listed, retrieval="tiny",
+                               retrieval_sets=sets, grounding_boxes=None, foils=None)
+
+
 def test_check_opens_images(pairs, tmp_path, capsys):
     """One cut in two: too many of those trained on or, alone, one of those evaluated on."""
     rows, config = pairs
@@ -1138,10 +1145,7 @@ def test_check_opens_images(pairs, tmp_path, capsys):
     (tmp_path / "11.png").write_bytes((tmp_path / "11.png").read_bytes()[:300])
     for test, share, passes in ((2, 0.1, True), (2, 0.0, False), (12, 0.1, False)):
         evaluation = write_json(tmp_path / "e.json", rows[:test])
-        files = dataclasses.replace(
-            config.data, tokenizer=str(tmp_path / "vocab.txt"), pretrain_files=[write_json(tmp_path / "p.json", rows)],
-            retrieval="tiny", retrieval_sets={"tiny": data.Files(str(tmp_path), [], None, evaluation)},
-            grounding_boxes=None, foils=None)
+        files = files_to_check(config, tmp_path, [write_json(tmp_path / "p.json", rows)], evaluation)
         assert data.check(dataclasses.replace(config, data=files, max_bad_image_share=share), "pretrain") == passes
         out = capsys.readouterr().out
         assert f"of 12 images opened 1 cannot be read\n    {tmp_path}/11.png: " in out, out
@@ -1156,10 +1160,7 @@ def test_check_scales_what_it_finds_to_all_images(pairs, tmp_path, capsys, monke
     monkeypatch.setattr(data, "MAX_OPENED_IMAGES", 20)
     (tmp_path / "vocab.txt").write_text("\n".join(VOCABULARY))
     evaluation = write_json(tmp_path / "e.json", rows[4:6])
-    files = dataclasses.replace(
-        config.data, tokenizer=str(tmp_path / "vocab.txt"), pretrain_files=[write_json(tmp_path / "p.json", rows * 200)],
-        retrieval="tiny", retrieval_sets={"tiny": data.Files(str(tmp_path), [], None, evaluation)},
-        grounding_boxes=None, foils=None)
+    files = files_to_check(config, tmp_path, [write_json(tmp_path / "p.json", rows * 200)], evaluation)
     assert not data.check(dataclasses.replace(config, data=files, max_bad_image_share=0.01), "pretrain")
     bad = capsys.readouterr().out.split("of 20 images opened ")[1].split()[0]
     assert 0 < int(bad) <= 10  # so that they alone would be too few
@@ -1174,9 +1175,7 @@ def test_check_finds_what_training_would_refuse_or_learn_nothing_from(pairs, tmp
         """Whether all is well, and what check prints."""
         (tmp_path / "vocab.txt").write_text("\n".join(vocabulary))
         listed = [write_json(tmp_path / "p.json", rows), *more]
-        files = dataclasses.replace(
-            config.data, tokenizer=str(tmp_path / "vocab.txt"), pretrain_files=listed,
-            retrieval="tiny", retrieval_sets=sets, grounding_boxes=None, foils=None)
+        files = files_to_check(config, tmp_path, listed, evaluation)
         pretrain = dataclasses.replace(config.pretrain, batch_size=batch_size)
         found = data.check(dataclasses.replace(config, data=files, pretrain=pretrain), "pretrain")
         return found, capsys.readouterr().out
