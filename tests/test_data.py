@@ -1169,7 +1169,6 @@ def test_check_scales_what_it_finds_to_all_images(pairs, tmp_path, capsys, monke
 def test_check_finds_what_training_would_refuse_or_learn_nothing_from(pairs, tmp_path, capsys):
     rows, config = pairs
     evaluation = write_json(tmp_path / "e.json", rows[:2])
-    sets = {"tiny": data.Files(str(tmp_path), [], None, evaluation)}
 
     def check(rows, vocabulary=VOCABULARY, batch_size=2, more=()):
         """Whether all is well, and what check prints."""
