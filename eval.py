@@ -26,6 +26,7 @@ import functools
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import pathlib
 import platform
@@ -91,10 +92,16 @@ def join_processes(config):
 
 
 def leave_processes(error):
-    """End the process group. error: what ends this process, or None.
+    """End loader workers and process group. error: what ends this process, or None.
 
-    The end of nccl's waits for the other processes, and these may be waiting for one that fails: it leaves at once.
+    Workers outlive SIGTERM for a while, with which multiprocessing would end them, and hold the connections of this process,
+    whose end the others have to see. The end of nccl's group waits for the other processes, and these may be waiting for one
+    that fails: it leaves at once.
     """
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's raises an error for each worker that ends
+    for process in multiprocessing.active_children():
+        if process.daemon:  # as loader workers are
+            process.kill()
     status = 0 if error is None else error.code if isinstance(error, SystemExit) else 1
     if status and world_size() > 1:
         if not isinstance(error, SystemExit):

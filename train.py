@@ -45,7 +45,6 @@ import functools
 import itertools
 import json
 import math
-import multiprocessing
 import os
 import pathlib
 import signal
@@ -353,17 +352,10 @@ class Signals:
         return agreed
 
     def __exit__(self, kind, error, trace):
-        """Say that a signal ended it: also where a lost loader worker or process, which got one too, was noticed first.
-
-        Whatever ended it, loader workers end with it: they outlive SIGTERM for a while, and hold the connections of this
-        process, whose end the others have to see.
-        """
+        """Say that a signal ended it: also where a lost loader worker or process, which got one too, was noticed first."""
         if isinstance(error, RuntimeError) and evaluation.world_size() > 1:
             self.at_once = False
             time.sleep(1)  # in which the signal that ended another process comes here, too
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's raises an error for each worker that ends
-        for worker in multiprocessing.active_children():
-            worker.kill()
         if self.caught and isinstance(error, (SystemExit, RuntimeError)):
             if evaluation.rank() == 0:
                 name = signal.Signals(self.caught).name

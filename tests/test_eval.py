@@ -431,7 +431,7 @@ def test_image_that_cannot_be_read_stops_evaluation(trained, tmp_path):
     rows[4]["image"] = "images/none.jpg"
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     result = run(tmp_path, "eval.py", "pretrain", "--checkpoint", trained.out, *trained.arguments, "num_workers=1",
-                 f"data.retrieval_sets.scenes.test={tmp_path / 'rows.json'}")
+                 f"data.retrieval_sets.scenes.test={tmp_path / 'rows.json'}", timeout=15)  # workers outlive SIGTERM by 20 s
     assert "images/none.jpg" in result.err.splitlines()[-1] and "evaluation needs every image" in result.err
     assert result.status == 2 and "Traceback" not in result.err and result.err.splitlines()[-1].startswith("error: ")
 
