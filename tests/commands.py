@@ -46,7 +46,8 @@ sys.exit(train.main(sys.argv[1:]))
 """
 """A train.py that saves state and gradients with each checkpoint, by each process: RANK-STEP.pt. Slow at best.pt."""
 COMPILED = """
-import sys, torch, train
+import os, sys, torch, train
+os.nice(10)
 compiled = torch.compile
 torch.compile = lambda f, **k: compiled(f, backend="eager", **k)
 torch._dynamo.config.fail_on_recompile_limit_hit = True
@@ -55,6 +56,7 @@ sys.exit(train.main(sys.argv[1:]))
 """A train.py that ends where an encoder's forms are too many to be compiled; else it would go on uncompiled."""
 COMPILED_LOSSES = """
 import json, os, torch, test_train
+os.nice(10)
 graphs, compiled = [], torch.compile
 backend = "inductor" if os.environ.get("PAPER_SCALE") else "aot_eager"
 torch.compile = lambda f, **k: graphs.append(f) or compiled(f, backend=backend, **k)
@@ -63,6 +65,12 @@ print(json.dumps([(test_train.losses_of_50_steps(options).tolist(), len(graphs))
 """
 """Losses of 50 steps, compiled, and the number of graphs up to there. What is compiled under checkpointing serves without it,
 too, since the code is the same: half the time."""
+TORCHRUN = """
+import os, sys, torch.distributed.run
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.distributed.run.main(["--standalone", "--nproc_per_node", "2", *sys.argv[1:]])
+"""
+"""What `torchrun --standalone --nproc_per_node 2` does."""
 
 
 def scenes_folder():

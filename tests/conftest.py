@@ -17,7 +17,10 @@ def pytest_collection_finish(session):
 
 @pytest.fixture(scope="session", autouse=True)
 def compiled(request, tmp_path_factory):
-    """Commands of a minute in all, begun before the first test, since most tests leave a core free: awaited in test_train.py."""
+    """Commands of a minute in all, begun before the first test, since most tests leave a core free: awaited in test_train.py.
+
+    Of low priority: they shall have what the tests leave.
+    """
     at_work = {}
     if any("compil" in item.name for item in request.session.items):
         folder = tmp_path_factory.mktemp("compiled")

@@ -10,7 +10,6 @@ import re
 import shlex
 import shutil
 import signal
-import subprocess
 import sys
 import time
 import types
@@ -28,8 +27,8 @@ import paper
 import softmask
 import train
 from commands import (
-    FEW_LAYERS, NO_EVALUATION, SPY, TIMES, TINY, Command, assert_close, assert_same, assert_same_run, kill_at_lines, load,
-    log_without_times, read_log, run,
+    FEW_LAYERS, NO_EVALUATION, SPY, TIMES, TINY, TORCHRUN, Command, assert_close, assert_same, assert_same_run,
+    kill_at_lines, load, log_without_times, read_log, run,
 )
 from test_data import write_shard
 from test_softmask import bert_config, make_model, random_deit, randomise
@@ -500,15 +499,13 @@ def test_two_processes_have_the_gradients_of_one_with_twice_the_micro_batches(sp
 
 def test_torchrun_equals_one_process_with_two_micro_batches(tmp_path):
     two, one = str(tmp_path / "two"), str(tmp_path / "one")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "train.py"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    program = tmp_path / "torchrun.py"
+    program.write_text(TORCHRUN)
     arguments = [*TINY, *PAIR, "pretrain.lr=1e-4", WORDS]
-    with subprocess.Popen([*command, "--out", two, *arguments], cwd=data.HERE, env=environment, stdout=subprocess.PIPE,
-                          stderr=subprocess.PIPE, text=True) as torchrun:
-        assert run(tmp_path, "train.py", "--out", one, *arguments, "pretrain.accumulation=2").status == 0
-        _, err = torchrun.communicate(timeout=200)
-    assert torchrun.returncode == 0, err
-    assert "Warning" not in err
+    torchrun = Command(tmp_path, program, "train.py", "--out", two, *arguments)
+    assert run(tmp_path, "train.py", "--out", one, *arguments, "pretrain.accumulation=2").status == 0
+    result = torchrun.wait(200)
+    assert result.status == 0 and "Warning" not in result.err, result.err
     for line, other in zip(log_without_times(two), log_without_times(one), strict=True):
         assert line == pytest.approx(other, rel=1e-4)
 
@@ -1053,13 +1050,11 @@ def test_torchrun_ends_when_one_process_fails(own_files, tmp_path):
         rows[number]["caption"] = rows[0]["caption"]
     (root / f"{index}.jpg").unlink()
     (tmp_path / "rows.json").write_text(json.dumps(rows))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "train.py"]
-    result = subprocess.run(
-        [*command, "--out", str(tmp_path / "out"), *settings, "max_bad_image_share=0.0"], cwd=data.HERE,
-        env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=100,
-    )
-    assert result.returncode != 0
-    assert "error: 1 records were bad while 24 were read" in result.stderr, result.stderr
+    program = tmp_path / "torchrun.py"
+    program.write_text(TORCHRUN)
+    result = run(tmp_path, program, "train.py", "--out", tmp_path / "out", *settings, "max_bad_image_share=0.0")
+    assert result.status != 0
+    assert "error: 1 records were bad while 24 were read" in result.err, result.err
     assert len(read_log(tmp_path / "out")) == 2
 
 
