@@ -446,6 +446,9 @@ class Run:
             parts = {key: evaluation.own_settings(settings[key], self.task_name) for key in ("data", "eval")}
             for key, part in parts.items():
                 parts[key] = {name: part[name] for name in part if self.task_name in READERS.get(name, data.TASKS)}
+            if "retrieval_sets" in parts["data"]:
+                chosen = settings["data"]["retrieval"]
+                parts["data"]["retrieval_sets"] = {chosen: settings["data"]["retrieval_sets"][chosen]}
             return evaluation.own_settings(settings | parts, self.task_name)
         changed = changed_settings(own(checkpoint["config"]), own(self.settings))
         if checkpoint["task"] != self.task_name:

@@ -768,7 +768,9 @@ def test_what_the_best_epoch_is_chosen_by_may_not_change(tmp_path):
     command = ["train.py", "retrieval", "--out", tmp_path, *TINY, "retrieval.start=null", "retrieval.epochs=1"]
     assert run(tmp_path, *command).status == 0
     assert "eval.top_k: 4 then, 2 now" in run(tmp_path, *command, "eval.top_k=2").error
-    result = run(tmp_path, *command, "eval.batch_size=3", "eval.answers_top_k=2")
+    sets = "data.retrieval_sets.{}={{image_root: '', train: [], val: {}, test: null}}".format
+    assert "data.retrieval_sets.scenes.val" in run(tmp_path, *command, sets("scenes", "other.json")).error
+    result = run(tmp_path, *command, "eval.batch_size=3", "eval.answers_top_k=2", sets("another", "null"))
     assert result.status == 0 and "finished: " in result.out, result.err
 
 
