@@ -495,7 +495,8 @@ def training_files(config, task):
 
 
 # Keys that a record has, with the types or the very values allowed; a list is a list of strings, None: may be absent
-# [ALBEF]. Under the name of a task what it is trained on, under TASK_eval what it is evaluated on, where that differs.
+# [ALBEF; bool as label, str as question_id, captions as str and list alike, questions without an answer: ours]. Under the
+# name of a task what it is trained on, under TASK_eval what it is evaluated on, where that differs.
 FORMATS = {
     "pretrain": {"image": (str,), "caption": (str, list)},
     "nlvr2_pretrain": {"image": (str,), "caption": (str, list)},
@@ -913,7 +914,7 @@ def clean_text(text, task, max_words):
 
 
 def label_of(record, task):
-    """The class a record is labelled with: NLVR2 0 or 1 (true), entailment as in ENTAILMENT_LABELS. [ALBEF]"""
+    """The class a record is labelled with: NLVR2 0 or 1 (true), entailment as in ENTAILMENT_LABELS. [ALBEF; True: ours]"""
     return int(record["label"] in (True, "True")) if task == "nlvr2" else ENTAILMENT_LABELS.index(record["label"])
 
 
@@ -1144,8 +1145,8 @@ class TrainingSet(Dataset):
 
         dict of VQA: answers, distinct, and answer_weights, the share of the record's answers, without empty ones [ours],
         that are this one, of Visual Genome half of it; of NLVR2 and entailment: label; else image_id: 63 bits of the
-        record's image_id in retrieval, of its path in pre-training, whose files may number their images alike, in a shard
-        of the shard's digest and the name in it [ours].
+        record's image_id in retrieval, else of its path, since files may number their images alike [ours; in grounding
+        ALBEF: file name], in a shard of the shard's digest and the name in it [ours].
         """
         if self.task == "vqa":
             answers = [answer for answer in answers_of(record) if answer.strip()]

@@ -200,7 +200,7 @@ def retrieval_scores(model, tokenize, paths, captions, config):
     """Similarities of a gallery by ITC, and the ITM scores of the top k in both directions.
 
     Returns sim (I, T) float32, and scores_i2t (I, T), scores_t2i (T, I): "match" logits of the pairs in the top k of
-    their image or text by ITC, -inf elsewhere. k is eval.top_k, at most the gallery. [ALBEF] Retrieval.py
+    their image or text by ITC, -inf elsewhere. k is eval.top_k. [ALBEF] Retrieval.py; -100 and no bound on k there
     The pairs of both directions are grouped by image, whose keys and values are projected once. No image state is kept
     (COCO 5K at 384 pixels: 8.9 GB); each image is encoded once for ITC and once for ITM. Images are dealt out to the
     processes; every process returns all scores.
@@ -408,8 +408,8 @@ def pick_proposal(cam, proposals, height: int, width: int):
 
     cam (h, w) float, any grid, brought to (height, width) pixels bicubically; proposals: [x, y, width, height, ...],
     pixels. Returns the four numbers of the best box, the first of equals; None where no score is above 0 [ours: ALBEF
-    keeps the box of the picture before]. A box without area is passed over, and what lies outside the image counts 0
-    [ours].
+    keeps the box of the picture before]. A box without area is passed over [ALBEF], and what lies outside the image
+    counts 0 [ours].
     """
     if cam.shape != (height, width):  # the greater part of the time
         cam = torch.nn.functional.interpolate(cam[None, None].float(), (height, width), mode="bicubic")[0, 0]
@@ -632,7 +632,8 @@ def evaluate(task, model, tokenizer, config, split, out):
 
 
 def score(task, metrics) -> float:
-    """The one figure by which the best epoch is chosen: r_mean of the re-ranked, accuracy, or the splits' mean. [ALBEF]"""
+    """The figure that chooses the best epoch: r_mean of the re-ranked, accuracy [ALBEF; of VQA: ours], of grounding the mean
+    of the file's splits [ours; ALBEF: val]."""
     if task == "retrieval":
         return metrics["reranked"]["r_mean"]
     if task == "grounding":

@@ -23,13 +23,13 @@ Index
   VisionTransformer                 image encoder                     [ALBEF] models/vit.py
   TextEncoder, FusionEncoder        the two halves of BERT            [ALBEF] models/xbert.py
   MlmHead, AnswerDecoder            masked words; answers of VQA      [ALBEF] xbert.py BertForMaskedLM, BertLMHeadModel
-  Encoders                          everything that has a twin        [paper] Fig. 2
+  Encoders                          everything that has a twin        [ALBEF]; [paper] Fig. 2: image and text encoder
   write_queue, TaskModel            queues, momentum distillation     [ALBEF] models/model_pretrain.py
   focal_itc_loss                    focal loss for ITC                [paper] abstract
   hard_negatives, itm_loss          image-text matching               [ALBEF] models/model_pretrain.py
   mlm_loss                          masked words, distilled           [ALBEF] models/xbert.py
   words_loss                        for a ViT that starts fresh       [ours]
-  word_attention                    word-conditional attention        [paper] abstract; Section 4.1, by Fig. 2's caption
+  word_attention                    word-conditional attention        [paper] abstract, Fig. 2
   pick_word, soft_mask              the text-driven soft mask         [paper] Section 4.1, by the caption of Fig. 2
   PretrainModel                     these in the order of Fig. 2      [paper] Fig. 2
                                     also for retrieval and grounding  [ALBEF] models/model_retrieval.py
@@ -38,9 +38,9 @@ Index
   VqaModel                          question answering                [ALBEF] models/model_vqa.py
   mask_text, distort_images         multi-modal augmentation          [paper] abstract, Fig. 2
   augment_image                     crop and RandAugment              [ALBEF] dataset/__init__.py, randaugment.py
-  clean_caption, tokenize           text                              [ALBEF] dataset/utils.py
+  clean_caption, tokenize           text                              [ALBEF] dataset/utils.py, tokenization_bert.py
   rename_albef, export_albef        from and to ALBEF's names         [ALBEF] models/*.py
-  load_deit, load_bert, load_start  what training starts from         [ALBEF] Pretrain.py, VQA.py
+  load_deit, load_bert, load_start  what training starts from         [ALBEF] model_pretrain.py, Pretrain.py, VQA.py
   from_pretrained                   a trained model on your own image and sentence
 """
 
@@ -62,7 +62,7 @@ from torchvision.transforms.v2 import functional as TF
 
 # Building blocks
 class Attention(nn.Module):
-    """Multi-head attention; keys and values are projected apart, once per image, to be read by many texts. [ALBEF]"""
+    """Multi-head attention [ALBEF]; keys and values are projected apart, once per image, for many texts [ours]."""
 
     def __init__(self, dim: int, num_heads: int, context_dim: int | None = None, dropout: float = 0.0):
         super().__init__()
@@ -214,7 +214,7 @@ def resize_pos_embed(pos_embed, grid: int):
 
 
 def init_weights(module, std: float):
-    """Fresh weights from N(0, std), biases 0. [ALBEF] has 0.02; text_init_std and the ViT's width^-0.5: [ours]"""
+    """Fresh weights from N(0, std), biases 0. [ALBEF]: 0.02; text_init_std, ViT's width^-0.5, convolutions: [ours]"""
     if isinstance(module, (nn.Linear, nn.Conv2d, nn.Embedding)):
         nn.init.trunc_normal_(module.weight, std=std)
     if isinstance(module, (nn.Linear, nn.Conv2d)) and module.bias is not None:
@@ -399,7 +399,7 @@ class AnswerDecoder(nn.Module):
 
 
 class Encoders(nn.Module):
-    """All that has a momentum twin; a task sets its own head, cls_head or decoder, in it. [paper] Fig. 2, [ALBEF]"""
+    """All that has a momentum twin, of image and text encoder [paper], of the rest [ALBEF], as cls_head and decoder."""
 
     def __init__(
         self, vocab_size: int, image_size: int, patch_size: int, vision_width: int, vision_layers: int,
@@ -446,7 +446,7 @@ class Encoders(nn.Module):
 # Queue
 @torch.no_grad()
 def write_queue(queue, written, entries):
-    """Write entries (n, ...) over the oldest of queue (K, ...), in place, after `written` others, for any n. [ALBEF]"""
+    """Write entries (n, ...) over the oldest of queue (K, ...), after `written` others [ALBEF], for any n [ours]."""
     size = len(queue)
     if size:
         index = (written + torch.arange(len(entries), device=queue.device)) % size
@@ -466,7 +466,7 @@ def gather(tensor):
 def focal_itc_loss(
     image_feat, text_feat, image_feat_m, text_feat_m, image_queue, text_queue, temp, alpha, gamma, positives=None
 ):
-    """Contrastive loss with momentum distillation and a focal factor. [paper] abstract, Fig. 2; [ALBEF] Eq. 6
+    """Contrastive loss with momentum distillation and a focal factor. [paper] abstract; [ALBEF] Eq. 6
 
         L = -sum_j q_j (1 - p_j)^gamma log p_j,  averaged over the batch and the two directions
         p = softmax of the student's feature against the twin's features of batch and queue, over temp
@@ -501,7 +501,7 @@ def focal_itc_loss(
 def hard_negatives(sim, allowed, generator=None):
     """For each row of sim (B, B) draw one column with probability softmax(sim) among the allowed (B, B) bool. [ALBEF]
 
-    Returns index (B,) and valid (B,) bool; a row with nothing allowed is not valid, its index is its own number.
+    Returns index (B,) and valid (B,) bool; a row with nothing allowed is not valid, its index is its own number [ours].
     """
     valid = allowed.any(1)
     # NaN would crash multinomial, and shows in the loss; masked before softmax, which may round a kept column to 0
@@ -512,7 +512,7 @@ def hard_negatives(sim, allowed, generator=None):
 
 
 def itm_loss(logits, labels):
-    """Mean cross-entropy of logits (R, C), labels (R,), -100 left out; 0 if all are. Of ITM 1 is a match. [ALBEF]"""
+    """Mean cross-entropy of logits (R, C), labels (R,), 1 an ITM match [ALBEF]; -100 left out, 0 if all are [ours]."""
     total = F.cross_entropy(logits.float(), labels, ignore_index=-100, reduction="sum")
     return total / (labels != -100).sum().clamp_min(1)
 
@@ -529,7 +529,7 @@ def distilled_cross_entropy(logits, logits_m, labels, alpha):
 
 
 def mlm_loss(logits, logits_m, labels, alpha):
-    """Mean where labels are not -100, 0 without one; logits (..., V). [ALBEF] Copy with: distilled_cross_entropy."""
+    """Mean where labels are not -100 [ALBEF], else 0 [ours]; logits (..., V). Copy with: distilled_cross_entropy."""
     return distilled_cross_entropy(logits, logits_m, labels, alpha).sum() / (labels != -100).sum().clamp_min(1)
 
 
@@ -602,7 +602,7 @@ def soft_mask(cam, picked):
 
 # Pre-training
 class TaskModel(nn.Module):
-    """What all tasks share: encoders, the unused parts of them frozen, and a twin if momentum is given. [ALBEF]"""
+    """What all tasks share: encoders, unused parts of them frozen [ours], and a twin if momentum is given. [ALBEF]"""
 
     def __init__(self, encoders: Encoders, momentum: float | None, unused=("image_proj", "text_proj", "mlm_head")):
         super().__init__()
@@ -801,7 +801,7 @@ class TextAssignmentModel(TaskModel):
     def forward(self, image, input_ids, attention_mask, image_ids, generator=None):
         """The losses {ta} and statistics. Label 0: left, 1: right, 2: neither, each a third of the time.
 
-        image (B, 3, S, S) and their texts; beside them, images of other image_ids (B,), the similar more often.
+        image (B, 3, S, S) and texts; beside them similar images of other image_ids (B,) [ours; ALBEF: any, temp 0.07].
         """
         encoders, own = self.encoders, torch.arange(len(image), device=image.device)
         image_embeds = encoders.encode_image(image)
@@ -973,7 +973,7 @@ def uniform(low, high, generator):
 
 
 def crop_box(width: int, height: int, crop_min_area: float, generator=None):
-    """Draw a crop: left, top, width, height; crop_min_area as of augment_image. [ALBEF] Copy with: uniform."""
+    """Left, top, width, height [ALBEF], at an edge half as often [ours]: see augment_image. Copy with: uniform."""
     if crop_min_area == 1:
         return 0, 0, width, height
     for _ in range(10):
@@ -1197,7 +1197,7 @@ def pair_layers(state: dict, encoders: Encoders) -> dict:
 
 
 def start_decoder(encoders: Encoders):
-    """Start the answer decoder from embeddings, fusion layers, as far as shapes agree, and MLM head. [ALBEF] VQA.py"""
+    """Start the answer decoder from embeddings, fusion layers, as shapes agree [ours], and MLM head. [ALBEF] VQA.py"""
     decoder = encoders.decoder
     decoder.text.embeddings.load_state_dict(encoders.text.embeddings.state_dict())
     decoder.mlm_head.load_state_dict(encoders.mlm_head.state_dict())
@@ -1258,7 +1258,7 @@ def load_deit(encoders: Encoders, state: dict):
 
 
 def load_bert(encoders: Encoders, state: dict) -> list[str]:
-    """Start the rest of encoders, no twin, from a Hugging Face BERT state; returns the names left fresh. [ALBEF]"""
+    """Start the rest of encoders, no twin, from a Hugging Face BERT state; returns names left fresh. [ALBEF]"""
     state = {f"text_encoder.{key.removeprefix('bert.')}": value for key, value in state.items()}
     state = rename_albef(state, text_layers=len(encoders.text.layers))
     state = pair_layers({key.removeprefix("encoders."): value for key, value in state.items()}, encoders)

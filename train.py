@@ -93,11 +93,9 @@ def lr_at(step: int, total_steps: int, task) -> float:
 
 
 def parameter_groups(model, task) -> list[dict]:
-    """Groups for Optimizer: biases, norms, temperature, position and [CLS] embeddings are spared weight decay; the image
-    encoder, the temperature and, if task.muon_lr is not None, the weight matrices of the layers and of the patch
-    embedding have learning rates of their own, lr_scale times the schedule's.
-
-    [ours]: ALBEF has one learning rate, and decays temperature, position and [CLS] embeddings too.
+    """Groups for Optimizer: biases, norms [ALBEF], temperature, position and [CLS] embeddings [ours] are spared weight
+    decay; the image encoder, the temperature and, if task.muon_lr is not None, the weight matrices of the layers and of
+    the patch embedding have learning rates of their own, lr_scale times the schedule's [ours; ALBEF: one for all].
     """
     scales = {"temp": task.temp_lr / task.lr, "vision": 1.0 if task.vision_lr is None else task.vision_lr / task.lr}
     groups = {}
