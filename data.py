@@ -2116,7 +2116,7 @@ def grounding_rows(split, scenes, refs, instances, rng):
 
 
 def for_fine_tuning(rows):
-    """The first half of the training scenes, or of their rows: a task takes two to three minutes on two cores."""
+    """The first half of the training scenes, or of their rows: a task takes minutes on two cores."""
     return rows[: len(rows) // 2]
 
 
