@@ -898,9 +898,10 @@ def texts_of(record, task):
 
 
 def answers_of(record):
-    """The answers of a VQA record, a list of str; None, [] or "" where it has none, as in a test file."""
-    answers = record.get("answer")
-    return answers and [valid_text(answer) for answer in ([answers] if isinstance(answers, str) else answers)]
+    """The answers of a VQA record, a list of str; None where it has none, as in a test file, or empty ones alone."""
+    answers = record.get("answer") or []
+    answers = [valid_text(answer) for answer in ([answers] if isinstance(answers, str) else answers)]
+    return answers if any(map(str.strip, answers)) else None
 
 
 def valid_text(text):
@@ -1049,7 +1050,8 @@ def writing(path):
 
 @contextlib.contextmanager
 def whole_folder(folder):
-    """A new folder to write into, renamed to `folder` at the end: that is whole by its existence, and processes may race."""
+    """A new folder to write into, renamed to `folder` at the end: that is whole by its existence, and processes may race.
+    A kill leaves what is unfinished, .NAME-... beside it."""
     folder = pathlib.Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = pathlib.Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
@@ -1149,7 +1151,7 @@ class TrainingSet(Dataset):
         ALBEF: file name], in a shard of the shard's digest and the name in it [ours].
         """
         if self.task == "vqa":
-            answers = [answer for answer in answers_of(record) if answer.strip()]
+            answers = [answer for answer in answers_of(record) or [] if answer.strip()]
             if not answers:
                 raise InputError("no answer")
             scale = (0.5 if record["dataset"] == "vg" else 1.0) / len(answers)
@@ -1435,8 +1437,8 @@ def check(config, task):
     Per annotation file: records, images that are missing or empty, and of some drawn at random those that cannot be
     read; texts that are empty or cut, word pieces that the vocabulary lacks; of VQA the share of the answers in the list
     that is ranked, of grounding the expressions without proposals.
-    Pre-training's evaluation is zero-shot retrieval. Returns True when nothing is missing, malformed or too little to
-    train on. config: Config after resolve_scenes.
+    Pre-training's evaluation is zero-shot retrieval. Returns True when nothing is missing, malformed, too little to train
+    on, or so often bad or unknown that training would stop or learn nothing. config: Config after resolve_scenes.
     """
     data, settings, found, total = config.data, task_settings(config, task), True, 0
     evaluated = "retrieval" if task == "pretrain" else task
@@ -1445,9 +1447,11 @@ def check(config, task):
     val = None if task == "pretrain" and not config.eval_every_steps else evaluation.val  # which then is not read
     listed += [(path, evaluated, evaluation, evaluation_layout(evaluated), evaluation_max_tokens(config, task))
                for path in (val, evaluation.test) if path is not None]
-    others = {"model.vision_weights": config.model.vision_weights, "model.text_weights": config.model.text_weights,
-              f"{task}.start": None if settings.start in TASKS else settings.start,
-              "data.grounding_boxes": data.grounding_boxes, "data.foils": data.foils}
+    others = {f"{task}.start": None if settings.start in TASKS else settings.start}
+    if settings.start is None:
+        others |= {"model.vision_weights": config.model.vision_weights, "model.text_weights": config.model.text_weights}
+    if task == "pretrain":
+        others |= {"data.grounding_boxes": data.grounding_boxes, "data.foils": data.foils}
     for key, path in others.items():
         if path is not None and not (os.path.isfile(path) or key.endswith(".start") and os.path.exists(path)):
             print(f"{key}: {path} is missing, or no file")
@@ -1524,7 +1528,7 @@ def check(config, task):
         cleaned = [clean_text(text, kind, max_words) for text in texts]
         tokens, empty = "", words.count(0) + lengths.count([])
         unusable = sum(record.count(0) / len(record) if record else 1 for record in lengths)  # one of its texts is drawn
-        unanswered = [not any(map(str.strip, answers_of(record) or [])) for record in sample if answers is not None]
+        unanswered = [answers_of(record) is None for record in sample if answers is not None]
         if tokenizer is not None and texts:
             tokenized = softmask.tokenize(tokenizer, cleaned, max_tokens)
             pieces = tokenized["input_ids"][tokenized["word_ids"] >= 0]
@@ -1570,7 +1574,7 @@ RELATING = ("A R B", "A is R B", "there is A R B")
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 ATTRIBUTES = ("size", "texture", "color", "shape")  # in the order in which a phrase says them
 EDGE = 0.04  # free border, as part of the side: a crop to 0.8 of the area (0.89 of the side) leaves most of any object
-OVERLAP = 0.15  # rich: greatest overlap of two boxes, as part of the smaller box's area
+OVERLAP = 0.15  # rich: greatest overlap of two objects' squares, as part of the smaller one's area
 SHADE = 0.5  # brightness of a texture's second tone against the object's colour
 SPLIT_WORDS = {"triangle": ("tri", "##angle"), "diamond": ("dia", "##mond"), "yellow": ("yel", "##low"),
                "purple": ("pur", "##ple"), "checkered": ("check", "##ered"), "picture": ("pic", "##ture")}
@@ -1879,7 +1883,7 @@ def make_foils(claim, scene, rng):
 
     Returns: {kind: claim}, kind among color, shape, size, texture, relation; a kind is absent where the claim says
         nothing of it or no change makes it false. At level rich, whose objects are often alike, a linear model of the words
-        alone tells 52 (shape) to 58 % (texture) of them.
+        alone tells up to 58 % of a kind.
     """
     def false(foil):  # nor may "A R B which is S C" be true where C is what A, not B, stands to
         of_first = foil | {"relations": [(name, 0, others) for name, _, others in foil["relations"]]}
@@ -2146,7 +2150,7 @@ def write_tasks(folder, scenes, level, seed):
 
 
 def scene_vocabulary():
-    """BERT's word pieces for every word of the scenes and their tasks; single letters spell any other word."""
+    """BERT's word pieces for the words of the scenes and their tasks; single letters spell plurals and any other word."""
     words = OTHER_WORDS.split() + [*SIZES, *COLORS, *SHAPES, *TEXTURES]
     pieces = [word for word in words if word not in SPLIT_WORDS]
     pieces += [piece for pair in SPLIT_WORDS.values() for piece in pair]

@@ -31,6 +31,7 @@ import os
 import pathlib
 import platform
 import re
+import shlex
 import signal
 import sys
 import traceback
@@ -255,9 +256,9 @@ def pointing(cam, own_box, other_boxes):
     """Where one word's attention map points. [ours], after the pointing game
 
     cam (h, w) float; boxes (x, y, w, h) as shares of the side, so in [0, 1].
-    Returns hit_own (is the centre of the largest patch in its own box), hit_other (mean over the other boxes), mass_own,
-    mass_other (share of the map's sum in patches whose centre is in the box), area_own (share of patch centres in the own
-    box: what a random map gets). A constant map is a miss of every kind.
+    Returns hit_own (is the centre of the largest patch in its own box), hit_other (mean over the other boxes, 0 without one),
+    mass_own, mass_other (share of the map's sum in patches whose centre is in the box), area_own (share of patch centres in
+    the own box: what a random map gets). A constant map is a miss of every kind.
     """
     h, w = cam.shape
     y, x = (torch.arange(h) + 0.5) / h, (torch.arange(w) + 0.5) / w
@@ -1088,7 +1089,7 @@ def check(folder, path=RECORD) -> int:
         print(f"within the spread of {len(runs)} runs, none of this platform and seed ({'; '.join(apart[nearest])})")
         rows, figures, outside = [headline(known["metrics"]) for known in runs], headline(run["metrics"]), []
         floor = 2 * runs[0]["metrics"].get("pointing", {}).get("area_own", 0)
-        for name in rows[0]:
+        for name in (name for name in rows[0] if all(name in row for row in rows)):  # a ratio to none is absent
             values = [row[name] for row in rows]
             mean, spread = np.mean(values), max(np.std(values, ddof=1), 0.1)
             reach = STUDENT[min(len(runs), 10)] * spread * math.sqrt(1 + 1 / len(runs))
@@ -1153,12 +1154,12 @@ def as_trained(config, checkpoint, model, evaluated, overrides, path):
     counting += [f"{task}.max_tokens", f"{task}.image_size", f"{evaluated}.image_size", "data.max_words", "data.tokenizer"]
     has = flatten(fixed | {name: fixed.get(name, {}) | size for name in (task, evaluated)})
     has, wanted, trained = has | {"data.tokenizer": known["data"]["tokenizer"]}, flatten(asked), flatten(known)
-    for word in overrides:
+    for word in reversed(overrides):
         key, _, text = word.partition("=")
         for name in flatten({key: data.parse_yaml(text)}):
             if name in counting and wanted[name] not in (None, has[name], trained.get(name)):
-                command = f"python train.py {evaluated} --start {path} {evaluated}.epochs=0 {word} --out NEW"
-                raise data.InputError(f"{path} has {name} {has[name]}; under another evaluates {command}")
+                command = ["python", "train.py", evaluated, "--start", path, f"{evaluated}.epochs=0", word, "--out", "NEW"]
+                raise data.InputError(f"{path} has {name} {has[name]}; under another evaluates {shlex.join(command)}")
     if not any(word.startswith("precision=") for word in overrides):
         fixed["precision"] = known["precision"]
     return data.config_from_dict(asked | fixed, path)
@@ -1231,6 +1232,8 @@ def main(arguments):
             root = os.path.dirname(config.data.grounding_boxes)
             rows = data.read_json(config.data.grounding_boxes)[: config.eval.pictures]
             pairs = [(data.join_image_path(root, row["image"]), row["caption"]) for row in rows]
+        if not pairs:
+            raise data.InputError("masks: eval.pictures is 0, so nothing is to be drawn; give how many")
         max_tokens = checkpoint["config"][checkpoint["task"]]["max_tokens"]
         draw_masks(softmask.Pretrained(model, tokenizer, max_tokens, config.data.max_words), pairs, target)
         print(target)
@@ -1263,7 +1266,8 @@ def one_line_errors():
     except (ValueError, OSError, MemoryError, RuntimeError) as error:  # InputError is a ValueError
         # an error from a loader worker carries that worker's traceback and its class in front of its own line
         lines = (str(error).strip() or type(error).__name__).splitlines()
-        line = lines[-1].removeprefix("data.InputError: ")
+        from_worker = "DataLoader worker" in lines[0]
+        line = lines[-1].removeprefix("data.InputError: ") if from_worker else " ".join(lines)  # a path may have two
         if not isinstance(error, ValueError):
             lack = [text for text in lines if re.search(OUT_OF_MEMORY, text, re.IGNORECASE)]
             if lack or isinstance(error, MemoryError):

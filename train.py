@@ -15,8 +15,8 @@ on where it stopped; --fresh starts over.
 SIGTERM and ctrl-C: a step under way is finished and a checkpoint written, else the run ends at once.
 
 A line of log.jsonl, means over the steps since the line before and over all processes:
-  step               optimizer steps done                    epoch             passes over the data, a fraction
-  loss               sum of the parts, those of ITM times method.itm_weight
+  step               steps done, skipped ones too            epoch             passes over the data, a fraction
+  loss               sum of the parts, in pre-training those of ITM times method.itm_weight
   loss_itc           (focal) image-text contrastive loss
   loss_itm           matching; 0.6365 is the floor of a constant answer at one match to two non-matches
   loss_soft_itm      matching on soft-masked images          loss_mlm          masked language modelling
@@ -27,13 +27,13 @@ A line of log.jsonl, means over the steps since the line before and over all pro
   mask_mean          mean of the soft mask over patches, 0 to 1              temp   temperature of the contrastive loss
   alpha              weight of the twin's soft targets       lr                learning rate
   grad_norm          length of the whole gradient, before clipping
-  bad_images         records replaced so far, because their image or caption could not be used
+  bad_images         records replaced so far, because their image, text or answers could not be used
   skipped_steps      steps left out so far, their loss or gradient not being finite; the means of what depends on the
                      batch are without them, but for truncated
   truncated          share of texts cut at the task's max_tokens
   pairs              records seen so far, over all processes
   txt_r1, img_r1     R@1 by ITC on val, 0 to 100: in pre-training every eval_every_steps, and then at its end too
-  pairs_per_second   over all processes                      seconds           since the model was built
+  pairs_per_second   over all processes, but for evaluation  seconds           since the model was built
 """
 
 import argparse
@@ -154,8 +154,8 @@ class Optimizer(torch.optim.AdamW):
 
 
 def orthogonal(matrices):
-    """Nearly the nearest orthogonal matrix to each of matrices (n, rows, columns): singular values of 0.7 to 1.2, by the
-    Newton-Schulz iteration with Jordan et al.'s coefficients."""
+    """Nearly the nearest orthogonal matrix to each of matrices (n, rows, columns), by the Newton-Schulz iteration with Jordan
+    et al.'s coefficients: singular values of 0.7 to 1.2, but for those below a 700th of the matrix's norm, which stay less."""
     wide = matrices.shape[1] <= matrices.shape[2]
     x = matrices if wide else matrices.mT
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp_min(1e-7)
@@ -556,7 +556,9 @@ class Run:
         epoch = self.step // self.steps_per_epoch
         if epoch == self.validated:
             return
+        began = time.perf_counter()
         metrics = self.validate(model)
+        self.interval = self.interval[0] + time.perf_counter() - began, self.interval[1]
         model.train()
         self.validated = epoch
         if metrics:
@@ -664,7 +666,7 @@ def git_commit() -> str | None:
     """The commit of this checkout, with + where files differ from it; None outside one."""
     here = os.path.dirname(os.path.abspath(__file__))
     try:
-        command = ["git", "-C", here, "describe", "--always", "--abbrev=40", "--dirty=+"]
+        command = ["git", "-C", here, "describe", "--always", "--exclude=*", "--abbrev=40", "--dirty=+"]
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None

@@ -1212,10 +1212,12 @@ def test_load_vqa_and_its_answers(pairs, tmp_path):
     rows[0] |= {"question": "word " * 60, "kind": "count"}
     del rows[1]["answer"]
     rows[3] |= {"kind": 3, "answer": None}
+    rows[4]["answer"], rows[5]["answer"] = [" ", ""], ["", "two"]
     loaded = data.load_vqa(write_json(tmp_path / "r.json", rows), config)
     assert loaded[0] == {"image": f"{tmp_path}/0.png", "text": " ".join(["word"] * 50), "question_id": 0,
                          "kind": "count", "answers": ["left", "right", "left", "cat"]}
     assert loaded[1]["answers"] is None and loaded[3]["answers"] is None and "kind" not in loaded[3]
+    assert loaded[4]["answers"] is None and loaded[5]["answers"] == ["", "two"]
     assert loaded[2]["answers"] == ["dog"] and loaded[2]["image"] == f"{tmp_path}/vg/2.png"
     rows[4]["question_id"] = 2
     with pytest.raises(data.InputError, match="r.json: record 4 .from 0.: question_id 2 was there before"):
@@ -1443,6 +1445,12 @@ def test_check_of_the_other_tasks(pairs, tmp_path, tokenizer, capsys):
     write_json(tmp_path / "vqa0.json", questions)
     assert data.check(config, "nlvr2")
     assert "of 12 sentences 0 are empty" in capsys.readouterr().out
+    unread = dataclasses.replace(config, data=dataclasses.replace(settings, foils="none.json"),
+                                 model=dataclasses.replace(config.model, text_weights="none.pth"))
+    assert data.check(unread, "nlvr2"), capsys.readouterr().out  # it starts from a checkpoint
+    assert not data.check(dataclasses.replace(unread, nlvr2=dataclasses.replace(config.nlvr2, start=None)), "nlvr2")
+    out = capsys.readouterr().out
+    assert "model.text_weights: none.pth is missing" in out and "data.foils" not in out
     assert not data.check(config, "entailment")
     out = capsys.readouterr().out
     assert "12 of 12 images missing" in out and f"  missing or empty: {root}/0.jpg" in out

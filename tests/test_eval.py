@@ -387,6 +387,8 @@ def test_masks_of_an_image_of_ones_own(mode, size, name, text, words, trained, t
     (["masks", "--image", "none.jpg", "--text", "a dog"], "none.jpg: [Errno 2] No such file"),
     (["masks", "--image", "config.yaml", "--text", "a dog"], "config.yaml: cannot identify image file"),
     (["masks", "--image", "photo.jpg", "--text", " ... "], "--text ' ... ' has no word"),
+    (["masks", "--image", "no\nphoto.jpg", "--text", "a dog"], "error: no photo.jpg: [Errno 2] No such file"),
+    (["masks", "eval.pictures=0"], "masks: eval.pictures is 0, so nothing is to be drawn"),
     (["masks", "--out", "none/sheet.png"], "none/sheet.png"),
     (["masks", "--out", "tests"], "masks: --out tests must be the name of a .png file"),
     (["masks", "--out", "sheet.jpg"], "masks: --out sheet.jpg must be the name of a .png file"),
@@ -397,7 +399,8 @@ def test_masks_of_an_image_of_ones_own(mode, size, name, text, words, trained, t
     (["pretrain", "model.vision_width=64"], "has model.vision_width 32; under another evaluates python train.py pretrain"),
     (["pretrain", "pretrain.image_size=64"], "has pretrain.image_size "),
     (["pretrain", "--checkpoint", "none"], "none: no such file, and no folder with best.pt or checkpoint.pt"),
-    (["pretrain", "model={vision_width: 64}"], "has model.vision_width 32; under another evaluates"),
+    (["pretrain", "model={vision_width: 64}"], "pretrain.epochs=0 'model={vision_width: 64}' --out NEW"),
+    (["pretrain", "model={vision_width: 32}", "model.vision_width=64"], "pretrain.epochs=0 model.vision_width=64 --out NEW"),
     (["pretrain", "data.max_words=2"], "has data.max_words 30; under another evaluates"),
     (["pretrain", "data.tokenizer=vocab.txt"], "has data.tokenizer {scenes}/vocab.txt; under another evaluates"),
     (["retrieval", "retrieval.image_size=384"], "has retrieval.image_size 32; under another evaluates python train.py retrieval"),
@@ -497,7 +500,8 @@ def test_check_elsewhere_wants_words_that_point(hit_own, inside, trained, tmp_pa
     """The spread of 40 to 80 would let 0 pass; twice a box's share, of 10 %, does not."""
     def write(name, hit_own, torch):
         run = json.loads(pathlib.Path(trained.out, "metrics.json").read_text())
-        run["metrics"]["pointing"] |= {"area_own": 10.0, "hit_own": hit_own}
+        ratio = None if hit_own == 80.0 else 3.0  # None: its words never look at the other object
+        run["metrics"]["pointing"] |= {"area_own": 10.0, "hit_own": hit_own, "ratio": ratio}
         run["platform"]["torch"] = torch
         (tmp_path / name).mkdir()
         (tmp_path / name / "metrics.json").write_text(json.dumps(run))

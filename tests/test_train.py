@@ -10,6 +10,7 @@ import re
 import shlex
 import shutil
 import signal
+import subprocess
 import sys
 import time
 import types
@@ -508,6 +509,30 @@ def test_torchrun_equals_one_process_with_two_micro_batches(tmp_path):
     assert result.status == 0 and "Warning" not in result.err, result.err
     for line, other in zip(log_without_times(two), log_without_times(one), strict=True):
         assert line == pytest.approx(other, rel=1e-4)
+
+
+def test_the_rate_is_that_of_training_alone(tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import sys, time, train\n"
+        "def slow(*arguments):\n"
+        "    time.sleep(3 * (not calls.append(1) and len(calls) == 1))\n"
+        "    return whole(*arguments)\n"
+        "calls, whole, train.evaluation.evaluate = [], train.evaluation.evaluate, slow\n"
+        "train.main(sys.argv[1:])\n"
+    )
+    result = run(tmp_path, program, "retrieval", "--out", tmp_path, *TINY, "retrieval.start=null")
+    assert result.status == 0, result.err
+    rates = [line["pairs_per_second"] for line in read_log(tmp_path)]
+    assert len(rates) == 12 and min(rates) > 8 / 3  # 8 pairs a step; after the sixth 3 s are waited in validation
+
+
+def test_the_commit_is_no_tag(tmp_path, monkeypatch):
+    names = ["-c", "user.name=test", "-c", "user.email=test@test"]
+    for command in (["init"], ["commit", "--allow-empty", "-m", "one"], ["tag", "-a", "v1", "-m", "one"]):
+        subprocess.run(["git", "-C", tmp_path, *names, *command], check=True, capture_output=True)
+    monkeypatch.setattr(train, "__file__", str(tmp_path / "train.py"))
+    assert re.fullmatch("[0-9a-f]{40}", train.git_commit())
 
 
 # Killed and resumed
