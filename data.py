@@ -251,7 +251,7 @@ MAY_BE_ZERO = {"seed", "epochs", "num_workers", "attention_layer", "randaugment_
                "eval_every_steps", "max_skipped_steps", "queue_size"}
 SHARES = ("max_bad_image_share", "dropout", "mlm_probability", "distort_brightness", "distort_contrast", "distort_blur",
           "distort_grayscale", "words_first", "momentum", "alpha", "crop_min_area")
-LARGEST = dict.fromkeys(SHARES, 1.0) | {"distort_hue": 0.5, "temp": 0.5, "randaugment_ops": 10}
+LARGEST = dict.fromkeys(SHARES, 1.0) | {"distort_hue": 0.5, "temp": 0.5, "randaugment_ops": 10, "seed": 2**63 - 1}
 CHOICES = {"precision": ("float32", "bf16"), "device": ("auto", "cpu", "cuda"), "mask_text_for": ("all", "mlm"),
            "level": ("plain", "rich")}
 
@@ -420,7 +420,7 @@ def _check_values(config):
         elif type(value) in (int, float):
             whole = type(value) is int
             smallest = int(whole and name not in MAY_BE_ZERO)
-            largest = LARGEST.get(name, 2**63 - 1 if whole else math.inf)
+            largest = LARGEST.get(name, 2**31 - 1 if whole else math.inf)
             if not smallest <= value <= largest:
                 raise InputError(f"{key}: {value} is out of range; wanted {smallest} to {largest}")
         elif name in CHOICES and value not in CHOICES[name]:
@@ -442,9 +442,12 @@ def _check_values(config):
         (not config.nlvr2.flip, "nlvr2.flip must be false: its sentences say left and right of the two images"),
         (method.temp >= 0.001, "method.temp must be at least 0.001"),
         *((getattr(config, task).lr > 0, f"{task}.lr must be above 0") for task in TASKS),
+        *((getattr(config, task).max_tokens >= least, f"{task}.max_tokens must be at least {least}, or no word is left")
+          for task, least in (dict.fromkeys(TASKS, 2) | {"vqa": 3}).items()),  # VQA's answers end in [SEP]
         (layer < model.fusion_layers - 1 or not uses_attention,
          f"method.attention_layer ({layer}) must be below model.fusion_layers - 1 ({model.fusion_layers - 1}): "
-         "in the last layer words get no gradient"),
+         "in the last layer words get no gradient"
+         + "; method.soft_mask=false does without" * (method.attention_layer is None)),
         (data.retrieval in data.retrieval_sets,
          f"data.retrieval: {data.retrieval!r} is none of data.retrieval_sets ({', '.join(data.retrieval_sets)})"),
     ]:

@@ -1275,6 +1275,8 @@ def one_line_errors():
                 line += "set checkpointing=true; in evaluation lower eval.batch_size"
                 if "worker" in line or "shared memory" in line:
                     line += "; of a loader worker: lower num_workers, or in Docker raise --shm-size"
+            elif "InvalidCxxCompiler" in str(error):
+                line = "compile=true needs a C++ compiler; install one, or give compile=false"
             elif isinstance(error, RuntimeError):
                 raise
         print(f"error: {line}", file=sys.stderr)

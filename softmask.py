@@ -1075,7 +1075,7 @@ def tokenize(tokenizer, texts: list[str], max_tokens: int, end: bool = False) ->
     Returns input_ids, attention_mask, word_ids (B, L) int64 (word_ids: number of the word a token is a piece of, -1 for
     [CLS], [SEP] and padding), L at most max_tokens; and truncated, the number of texts cut to that.
     """
-    room = max_tokens - 1 - end
+    room = max(max_tokens - 1 - end, 0)
     pieces = tokenizer([texts] if isinstance(texts, str) else list(texts), add_special_tokens=False)
     ids = [[tokenizer.cls_token_id, *row[:room], *[tokenizer.sep_token_id] * end] for row in pieces["input_ids"]]
     input_ids = torch.full((len(ids), max(map(len, ids))), tokenizer.pad_token_id)

@@ -30,7 +30,7 @@ A line of log.jsonl, means over the steps since the line before and over all pro
   bad_images         records replaced so far, because their image, text or answers could not be used
   skipped_steps      steps left out so far, their loss or gradient not being finite; the means of what depends on the
                      batch are without them, but for truncated
-  truncated          share of texts cut at the task's max_tokens
+  truncated          share of texts cut at the task's max_tokens; of VQA its questions
   pairs              records seen so far, over all processes
   txt_r1, img_r1     R@1 by ITC on val, 0 to 100: in pre-training every eval_every_steps, and then at its end too
   pairs_per_second   over all processes, but for evaluation  seconds           since the model was built
@@ -70,14 +70,19 @@ import softmask
 # Settings that do not change what a run computes: a run may go on under other values of them.
 FREE_SETTINGS = {"num_workers", "device", "compile", "checkpointing", "log_every_steps", "checkpoint_every_steps",
                  "eval_every_steps", "max_bad_image_share", "max_skipped_steps", "eval.batch_size", "eval.pictures", "scale",
-                 "data.grounding_boxes", "data.foils"}
+                 "data.grounding_boxes", "data.foils", "data.tokenizer"}  # its entries are compared
 # Likewise, wherever they stand: accumulation is as good as processes, pairs a step are checked; test is read after the
 # training; annotation files are compared by content, and they and the images may have moved.
 FREE_KEYS = {"accumulation", "test", "train", "pretrain_files", "nlvr2_pretrain_files", "image_root", "vg_image_root",
              "pretrain_image_root"}
-# Settings of data and eval that are not named after a task, yet read by the training of these alone, or by their choice of
-# the best epoch.
-READERS = {"retrieval_sets": ("retrieval",), "top_k": ("retrieval",), "answers_top_k": ("vqa",)}
+# Settings of data, eval and method that are not named after a task, yet read by the training of these alone, or by their
+# choice of the best epoch.
+READERS = {
+    "retrieval_sets": ("retrieval",), "top_k": ("retrieval",), "answers_top_k": ("vqa",),
+    "queue_size": ("pretrain", "retrieval", "grounding"), "attention_layer": ("pretrain", "grounding"),
+} | dict.fromkeys(("soft_mask", "soft_mask_negatives", "focal_gamma", "mask_text_for", "mlm_probability",
+                   "mlm_random_replacement", "itm_weight", "distort_brightness", "distort_contrast", "distort_blur",
+                   "distort_hue", "distort_grayscale", "clean_teacher", "words_first", "image_ids"), ("pretrain",))
 
 
 def lr_at(step: int, total_steps: int, task) -> float:
@@ -441,7 +446,7 @@ class Run:
     def load(self, model, optimizer, checkpoint):
         """Take over a checkpoint of this run; InputError where it was made under other settings."""
         def own(settings):  # neither what other tasks are set to, nor what they alone read
-            parts = {key: evaluation.own_settings(settings[key], self.task_name) for key in ("data", "eval")}
+            parts = {key: evaluation.own_settings(settings[key], self.task_name) for key in ("data", "eval", "method")}
             for key, part in parts.items():
                 parts[key] = {name: part[name] for name in part if self.task_name in READERS.get(name, data.TASKS)}
             if "retrieval_sets" in parts["data"]:
@@ -492,7 +497,7 @@ class Run:
         bad = self.bad_images + int(self.counts[0])
         seen = self.seen + int(self.counts[1]) * evaluation.world_size()
         share = self.config.max_bad_image_share
-        if bad > max(share * seen, 10 if share else 0):  # the first few are no share yet
+        if bad > max(share * (seen + bad), 10 if share else 0):  # the first few are no share yet
             raise data.InputError(
                 f"{bad} records were bad while {seen} were read, more than max_bad_image_share {share}; see the lines "
                 "above, and python train.py check"

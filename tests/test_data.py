@@ -187,7 +187,10 @@ def test_overrides():
     ("data.grounding.ref=x", "data.grounding.ref is no setting; the nearest is data.grounding.refs"),
     ("eval.answers_top_k=0", "eval.answers_top_k: 0 is out of range"),
     ("method.attention_layer=2", r"method.attention_layer \(2\) must be below model.fusion_layers - 1 \(2\)"),
-    ("model.fusion_layers=1", r"method.attention_layer \(0\)"),
+    ("model.fusion_layers=1", r"method.attention_layer \(0\) must be below .* no gradient; method.soft_mask=false does without"),
+    ("grounding.max_tokens=1", "grounding.max_tokens must be at least 2"),
+    ("vqa.max_tokens=2", "vqa.max_tokens must be at least 3"),
+    ("method.queue_size=2147483648", "method.queue_size: 2147483648 is out of range; wanted 0 to 2147483647"),
     ("data.retrieval=coco", r"data.retrieval: 'coco' is none of data.retrieval_sets \(scenes\)"),
 ])
 def test_bad_override_names_its_key(override, message):

@@ -539,6 +539,13 @@ def test_an_error_of_our_own_keeps_its_traceback():
         raise RuntimeError("shapes do not fit")
 
 
+def test_compilation_without_a_compiler_is_one_line(capsys):
+    error = RuntimeError("backend='inductor' raised:\nInvalidCxxCompiler: No working C++ compiler found\n\nSet TORCHDYNAMO_VERBOSE")
+    with pytest.raises(SystemExit), evaluation.one_line_errors():
+        raise error
+    assert capsys.readouterr().err == "error: compile=true needs a C++ compiler; install one, or give compile=false\n"
+
+
 # Checkpoints that are none
 
 

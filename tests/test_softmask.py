@@ -1926,6 +1926,7 @@ def test_tokenize_at_the_edges():
     cut = softmask.tokenize(tokenizer, ["a red dogs"], 4)
     assert cut["input_ids"].tolist() == [[2, 5, 6, 7]] and cut["word_ids"].tolist() == [[-1, 0, 1, 2]]
     assert softmask.tokenize(tokenizer, ["a dog"], 1)["input_ids"].tolist() == [[2]]
+    assert softmask.tokenize(tokenizer, ["a red dog"], 1, end=True)["input_ids"].tolist() == [[2, 3]]
     typed = softmask.tokenize(tokenizer, [softmask.clean_caption("A [SEP] [MASK] dog", 9)], 20)["input_ids"]
     assert not {0, 3, 4} & set(typed[0].tolist())  # a caption cannot type special tokens
 

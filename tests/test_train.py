@@ -794,13 +794,16 @@ def test_what_the_best_epoch_is_chosen_by_may_not_change(tmp_path):
     assert run(tmp_path, *command).status == 0
     assert "eval.top_k: 4 then, 2 now" in run(tmp_path, *command, "eval.top_k=2").error
     sets = "data.retrieval_sets.{}={{image_root: '', train: [], val: {}, test: null}}".format
+    assert "method.momentum: 0.99 then, 0.9 now" in run(tmp_path, *command, "method.momentum=0.9").error
     assert "data.retrieval_sets.scenes.val" in run(tmp_path, *command, sets("scenes", "other.json")).error
-    result = run(tmp_path, *command, "eval.batch_size=3", "eval.answers_top_k=2", sets("another", "null"))
+    result = run(tmp_path, *command, "eval.batch_size=3", "eval.answers_top_k=2", sets("another", "null"),
+                 "method.words_first=0.5", "method.soft_mask=false", "method.itm_weight=0.25")  # of pre-training alone
     assert result.status == 0 and "finished: " in result.out, result.err
 
 
-def test_files_of_other_tasks_may_change_before_a_resumption(finished):
-    others = ["data.vqa.test=null", "data.grounding.image_root=elsewhere", "vqa.lr=1e-3",
+def test_files_of_other_tasks_may_change_before_a_resumption(finished, tmp_path):
+    shutil.copy(commands.scenes_folder() / "vocab.txt", tmp_path)  # the same entries elsewhere
+    others = ["data.vqa.test=null", "data.grounding.image_root=elsewhere", "vqa.lr=1e-3", f"data.tokenizer={tmp_path / 'vocab.txt'}",
               "data.retrieval_sets.scenes.val=null", "log_every_steps=2"]
     result = run(finished, "train.py", "--out", finished, *TINY, NO_EVALUATION, *others)
     assert result.status == 0, result.err
@@ -996,12 +999,17 @@ def test_bad_records_are_replaced_counted_and_named(own_files, tmp_path):
 
 def test_bad_records_of_one_process_are_a_share_of_what_all_read(monkeypatch):
     run = types.SimpleNamespace(bad_images=0, seen=0, counts=torch.zeros(2), add=lambda values: None,
-                                config=types.SimpleNamespace(max_bad_image_share=0.3))
+                                config=types.SimpleNamespace(max_bad_image_share=0.25))
     batch = {"replaced": [("0.jpg", "cut off")] * 12, "image": torch.zeros(30), "truncated": 0}
     monkeypatch.setattr(train.evaluation, "world_size", lambda: 2)
-    train.Run.count(run, batch)  # 12 of 60
+    train.Run.count(run, batch)  # 12 of 72
     monkeypatch.setattr(train.evaluation, "world_size", lambda: 1)
     with pytest.raises(data.InputError, match="24 records were bad while 60 were read"):
+        train.Run.count(run, batch)
+    batch["replaced"], run.counts, run.config.max_bad_image_share = [("0.jpg", "cut off")] * 90, torch.zeros(2), 1.0
+    train.Run.count(run, batch)  # 90 of 120
+    run.counts, run.config.max_bad_image_share = torch.zeros(2), 0.7
+    with pytest.raises(data.InputError, match="90 records were bad while 30 were read"):
         train.Run.count(run, batch)
 
 
