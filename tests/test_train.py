@@ -1015,8 +1015,8 @@ def test_bad_records_of_one_process_are_a_share_of_what_all_read(monkeypatch):
 
 def test_of_equal_epochs_the_first_is_kept():
     saved, model = [], torch.nn.Identity()
-    run = types.SimpleNamespace(steps_per_epoch=2, validated=0, best=None, task_name="nlvr2", save=lambda *given: saved.append(given),
-                                validate=lambda model: {"accuracy": 50.0})
+    run = types.SimpleNamespace(steps_per_epoch=2, validated=0, best=None, task_name="nlvr2", interval=(0.0, 0),
+                                save=lambda *given: saved.append(given), validate=lambda model: {"accuracy": 50.0})
     for run.step in (2, 4):
         train.Run.keep_best(run, model, "optimizer")
     assert run.best["epoch"] == 1 and saved == [(model, None), (model, "optimizer"), (model, "optimizer")]
