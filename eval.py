@@ -201,7 +201,8 @@ def retrieval_scores(model, tokenize, paths, captions, config):
     """Similarities of a gallery by ITC, and the ITM scores of the top k in both directions.
 
     Returns sim (I, T) float32, and scores_i2t (I, T), scores_t2i (T, I): "match" logits of the pairs in the top k of
-    their image or text by ITC, -inf elsewhere. k is eval.top_k. [ALBEF] Retrieval.py; -100 and no bound on k there
+    their image or text by ITC, -inf elsewhere. k is eval.top_k, at most the gallery. [ALBEF] Retrieval.py, but for the
+    bound and the -inf, there -100.
     The pairs of both directions are grouped by image, whose keys and values are projected once. No image state is kept
     (COCO 5K at 384 pixels: 8.9 GB); each image is encoded once for ITC and once for ITM. Images are dealt out to the
     processes; every process returns all scores.

@@ -399,7 +399,7 @@ class AnswerDecoder(nn.Module):
 
 
 class Encoders(nn.Module):
-    """All that has a momentum twin, of image and text encoder [paper], of the rest [ALBEF], as cls_head and decoder."""
+    """What has a momentum twin: image and text encoder [paper], the rest [ALBEF]; a task adds cls_head or decoder."""
 
     def __init__(
         self, vocab_size: int, image_size: int, patch_size: int, vision_width: int, vision_layers: int,
@@ -512,7 +512,7 @@ def hard_negatives(sim, allowed, generator=None):
 
 
 def itm_loss(logits, labels):
-    """Mean cross-entropy of logits (R, C), labels (R,), 1 an ITM match [ALBEF]; -100 left out, 0 if all are [ours]."""
+    """Mean cross-entropy of logits (R, C), labels (R,), of ITM 1: match [ALBEF]; -100 left out, 0 if all are [ours]."""
     total = F.cross_entropy(logits.float(), labels, ignore_index=-100, reduction="sum")
     return total / (labels != -100).sum().clamp_min(1)
 
@@ -529,7 +529,7 @@ def distilled_cross_entropy(logits, logits_m, labels, alpha):
 
 
 def mlm_loss(logits, logits_m, labels, alpha):
-    """Mean where labels are not -100 [ALBEF], else 0 [ours]; logits (..., V). Copy with: distilled_cross_entropy."""
+    """Mean where labels are not -100 [ALBEF], 0 without [ours]; logits (..., V). Copy with: distilled_cross_entropy."""
     return distilled_cross_entropy(logits, logits_m, labels, alpha).sum() / (labels != -100).sum().clamp_min(1)
 
 
@@ -973,7 +973,7 @@ def uniform(low, high, generator):
 
 
 def crop_box(width: int, height: int, crop_min_area: float, generator=None):
-    """Left, top, width, height [ALBEF], at an edge half as often [ours]: see augment_image. Copy with: uniform."""
+    """A crop: left, top, width, height; see augment_image. [ALBEF; edges half as often: ours] Copy with: uniform."""
     if crop_min_area == 1:
         return 0, 0, width, height
     for _ in range(10):

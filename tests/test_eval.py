@@ -399,6 +399,7 @@ def test_masks_of_an_image_of_ones_own(mode, size, name, text, words, trained, t
     (["pretrain", "model.vision_width=64"], "has model.vision_width 32; under another evaluates python train.py pretrain"),
     (["pretrain", "pretrain.image_size=64"], "has pretrain.image_size "),
     (["pretrain", "--checkpoint", "none"], "none: no such file, and no folder with best.pt or checkpoint.pt"),
+    (["pretrain", "model={vision_width: 64}"], "has model.vision_width 32; under another evaluates"),
     (["pretrain", "model={vision_width: 64}"], "pretrain.epochs=0 'model={vision_width: 64}' --out NEW"),
     (["pretrain", "model={vision_width: 32}", "model.vision_width=64"], "pretrain.epochs=0 model.vision_width=64 --out NEW"),
     (["pretrain", "data.max_words=2"], "has data.max_words 30; under another evaluates"),

@@ -1087,7 +1087,8 @@ def test_torchrun_ends_when_one_process_fails(own_files, tmp_path):
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     program = tmp_path / "torchrun.py"
     program.write_text(TORCHRUN)
-    result = run(tmp_path, program, "train.py", "--out", tmp_path / "out", *settings, "max_bad_image_share=0.0")
+    result = run(tmp_path, program, "train.py", "--out", tmp_path / "out", *settings, "max_bad_image_share=0.0",
+                 timeout=100)
     assert result.status != 0
     assert "error: 1 records were bad while 24 were read" in result.err, result.err
     assert len(read_log(tmp_path / "out")) == 2
