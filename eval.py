@@ -1174,7 +1174,7 @@ def main(arguments):
     parser.add_argument("--checkpoint", help="folder or file (default: out/SCALE/TASK)")
     parser.add_argument("--image", help="masks: your own image")
     parser.add_argument("--text", help="masks: your own sentence")
-    parser.add_argument("--split", default="test", choices=("val", "test"), help="split to evaluate on")
+    parser.add_argument("--split", choices=("val", "test"), help="split to evaluate on (default: test)")
     parser.add_argument("--out", help="masks: the PNG to write (default: beside the checkpoint IMAGE_masks.png, or "
                         "scenes_masks.png)")
     parser.add_argument("--record", action="store_true", help="check: write the figures of DIR... as the recorded ones")
@@ -1184,7 +1184,8 @@ def main(arguments):
     if task in ("table", "curve", "check"):
         rest += [word for word in overrides if os.path.isdir(word)]
         unread = [word for word in overrides if not os.path.isdir(word)]
-        unread += [f"--{name}" for name in ("scale", "checkpoint", "image", "text", "out") if getattr(options, name) is not None]
+        unread += [f"--{name}" for name in ("scale", "checkpoint", "image", "text", "split", "out")
+                   if getattr(options, name) is not None]
         if unread or options.record and task != "check":
             raise data.InputError(f"{task} takes folders of runs, not {', '.join(unread or ['--record'])}")
     if task == "table":
@@ -1202,6 +1203,8 @@ def main(arguments):
         raise data.InputError(f"--out is for masks; the figures of {task} are printed, its answers lie beside the checkpoint")
     if (options.image, options.text) != (None, None) and task != "masks":
         raise data.InputError(f"--image and --text are for masks; {task} is evaluated on the files of its scale")
+    if options.split is not None and task == "masks":
+        raise data.InputError("--split is for tasks, masks has none")
     if options.record:
         raise data.InputError("--record is for check")
     scale = options.scale or "scenes"
@@ -1239,17 +1242,17 @@ def main(arguments):
         draw_masks(softmask.Pretrained(model, tokenizer, max_tokens, config.data.max_words), pairs, target)
         print(target)
         return
-    if lack := lacking(task, config, options.split):
-        other = "val" if options.split == "test" else "test"
+    split, other = ("val", "test") if options.split == "val" else ("test", "val")
+    if lack := lacking(task, config, split):
         instead = f", or give --split {other}" * (not lacking(task, config, other))
         raise data.InputError(f"{lack}; name the file to evaluate on{instead}")
     if rank() == 0:
-        print(f"evaluated on {getattr(evaluation_files(task, config), options.split)} of scale {scale}, {config.precision}",
+        print(f"evaluated on {getattr(evaluation_files(task, config), split)} of scale {scale}, {config.precision}",
               file=sys.stderr)
     if task == "pretrain":
-        metrics = evaluate_pretrained(model, tokenizer, config, folder, options.split)
+        metrics = evaluate_pretrained(model, tokenizer, config, folder, split)
     else:
-        metrics = evaluate(task, model, tokenizer, config, options.split, folder)
+        metrics = evaluate(task, model, tokenizer, config, split, folder)
     if rank() == 0:
         print(format_metrics(metrics))
 

@@ -392,6 +392,7 @@ def test_masks_of_an_image_of_ones_own(mode, size, name, text, words, trained, t
     (["masks", "--out", "none/sheet.png"], "none/sheet.png"),
     (["masks", "--out", "tests"], "masks: --out tests must be the name of a .png file"),
     (["masks", "--out", "sheet.jpg"], "masks: --out sheet.jpg must be the name of a .png file"),
+    (["masks", "--split", "val"], "--split is for tasks, masks has none"),
     (["pretrain", "data.grounding_boxes=none.json"], "none.json: cannot be read"),
     (["dream"], "'dream' is none of pretrain, retrieval"),
     (["pretrain", "masks"], "'pretrain masks' is none of"),
@@ -423,6 +424,7 @@ def test_bad_command_line_is_one_line(arguments, message, trained, tmp_path):
     (["check", "lr=none"], "check takes folders of runs, not lr=none"),
     (["curve", "none", "--scale", "paper"], "curve takes folders of runs, not --scale"),
     (["table", "none", "--record"], "table takes folders of runs, not --record"),
+    (["table", "none", "--split", "test"], "table takes folders of runs, not --split"),
 ])
 def test_bad_folders_of_runs_are_one_line(arguments, message, tmp_path):
     result = run(tmp_path, "eval.py", *arguments)
