@@ -248,7 +248,6 @@ def train(model, optimizer, loader, config, task, run):
     """Train from run.step to run.total_steps. run: the Run that logs, saves and counts."""
     device, world = evaluation.resolve_device(config), evaluation.world_size()
     pretraining, has_queue = run.task_name == "pretrain", isinstance(model, softmask.PretrainModel)
-    words_steps = int(config.method.words_first * run.total_steps) if pretraining else 0
     itm_weight = config.method.itm_weight if pretraining else 1.0
     wrapped = model
     if world > 1:
@@ -261,8 +260,8 @@ def train(model, optimizer, loader, config, task, run):
     batches = iter(loader)
     model.train()
     for step in range(run.step, run.total_steps):
-        words_only = step < words_steps  # a training of its own, with warm-up and cosine
-        begin, end = (0, words_steps) if words_only else (words_steps, run.total_steps)
+        words_only = step < run.words_steps  # a training of its own, with warm-up and cosine
+        begin, end = (0, run.words_steps) if words_only else (run.words_steps, run.total_steps)
         lr = lr_at(step - begin, end - begin, task)
         for group in optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
@@ -386,6 +385,7 @@ class Run:
         self.best, self.validated = None, 0  # {epoch, score, metrics} of the best epoch on val; epochs evaluated on it
         self.steps_per_epoch = steps_per_epoch
         self.total_steps = task.epochs * steps_per_epoch
+        self.words_steps = int(config.method.words_first * self.total_steps) if task_name == "pretrain" else 0  # the first
         self.step = 0
         self.global_batch = task.batch_size * task.accumulation * evaluation.world_size()
         self.vocab = softmask.vocabulary(tokenizer)
@@ -799,8 +799,12 @@ def run_task(task_name, config, settings, out, fresh):
         say(f"{task_name}: {count / 1e6:.1f}M parameters, {len(dataset)} records, {run.total_steps} steps of "
             f"{run.global_batch} pairs, {world} process{'es' * (world > 1)} on {device}, {config.precision}"
             + f"; {dataset.records.left_out} samples without a caption left out" * bool(dataset.records.left_out))
-        if task.warmup_steps >= run.total_steps:
-            say(f"{task_name}.warmup_steps ({task.warmup_steps}) are no fewer than its steps: lr is never reached")
+        schedules = [steps for steps in (run.words_steps, run.total_steps - run.words_steps) if steps]
+        if task.warmup_steps >= min(schedules):
+            say(f"{task_name}.warmup_steps ({task.warmup_steps}) are no fewer than its steps "
+                f"({', then '.join(map(str, schedules))}): lr is never reached")
+        if task.batch_size == 1 and isinstance(model, softmask.PretrainModel):
+            say(f"{task_name}.batch_size is 1: without another pair in the batch ITM learns from matches alone")
         sampler = data.ShuffledBatches(len(dataset), *blocks, run.step)
         pinned = device.type == "cuda"
         loader = data.make_loader(dataset, sampler, tokenizer, task.max_tokens, config.num_workers, pinned)

@@ -170,6 +170,20 @@ def test_an_image_encoder_held_still_without_weights_is_named(vision_lr, tmp_pat
     assert (warning in out) == (vision_lr != "null")
 
 
+@pytest.mark.parametrize("setting, line", [
+    ("method.words_first=0.75", "pretrain.warmup_steps (3) are no fewer than its steps (9, then 3): lr is never reached"),
+    ("method.words_first=0.5", None),
+    ("method.words_first=0", None),
+    ("pretrain.batch_size=1", "pretrain.batch_size is 1: without another pair in the batch ITM learns from matches alone"),
+])
+def test_a_schedule_or_batch_that_can_hardly_be_meant_is_named(setting, line, tmp_path):
+    arguments = [*TINY, NO_EVALUATION, "data.scenes.train=12" if "batch" in setting else "pretrain.warmup_steps=3", setting]
+    result = run(tmp_path, "train.py", "--out", tmp_path, *arguments)
+    assert result.status == 0
+    said = [text for text in result.out.splitlines() if text.startswith("pretrain.")]
+    assert said == ([] if line is None else [line])
+
+
 def test_finished_run_says_so_and_fresh_starts_over(trained, tmp_path):
     log, temp = pathlib.Path(trained.out, "log.jsonl").read_text(), load(trained.out)["model"]["temp"]
     again = run(tmp_path, "train.py", "--out", trained.out, *trained.arguments)
