@@ -1,7 +1,7 @@
 """Evaluate: metrics of every task, and pictures of soft masks.
 
     python eval.py pretrain                                    # the figures that end pre-training, from its output
-    python eval.py pretrain --scale flickr8k --checkpoint DIR data.retrieval=flickr8k
+    python eval.py pretrain --scale flickr8k --checkpoint DIR --split val
     python eval.py masks --checkpoint DIR --image photo.jpg --text "a dog on a red sofa"
     python eval.py table DIR...                                # finished runs side by side, what each setting does
     python eval.py curve DIR...                                # losses and R@1 while training: a picture in DIR
@@ -11,8 +11,8 @@ Metrics, percentages from 0 to 100 unless said otherwise:
   zero_shot, reranked   retrieval by ITC alone (itc once fine-tuned), and with the top k re-ranked by ITM, under ALBEF's
                         names: txt_r1, ... images whose caption is among the first 1, 5, 10; img_r1, ... captions whose
                         image is
-  pointing              word attention against the boxes of named objects (scenes alone): of the words of shape, and in
-                        it of each other attribute, see pointing_metrics
+  pointing              word attention against the boxes of named objects (scenes alone): of the words of shape, and by
+                        name of those of each other attribute, see pointing_metrics
   foils                 per kind, captions whose ITM score is above that of a version made false in one word; chance 50
   accuracy              VQA: the official accuracy, or matches where a question has fewer than ten answers; NLVR2,
                         entailment: right classes; accuracy_KIND: of one kind or class; majority: of the commonest class

@@ -11,12 +11,12 @@ Every formula and number carries the mark of its source:
 Symbols
   B pairs in a batch     L text tokens       N image patches (an image is 1 + N tokens: [CLS] first)
   D width of a state     H attention heads   P width of the contrastive space   K entries of a queue
-  R rows of a fusion pass (a row is one text with one image)   I images   V vocabulary
-  image_embeds, text_embeds   token states (B, 1 + N, D), (B, L, D)
+  R rows of a fusion pass (a row is one text with one image)   I images   V vocabulary   S side of an image, pixels
+  image_embeds, text_embeds   token states (B, 1 + N, D), (B, L, D)        cam, G   Grad-CAM, of word_attention
   image_feat, text_feat       projected, L2-normalised [CLS] states (B, P); _m: of the momentum twin, the teacher
-  sim_i2t, sim_t2i            similarities over temperature, image to text and text to image
+  sim_i2t, sim_t2i            similarities over temperature                word_ids (B, L)   a token's word, -1: none
 Polarity: an attention mask is 1 (True) where a token may be attended; a soft mask is 1 where a patch is most
-relevant, and so is hidden most; ITM label 1 is a match. "Copy with" in a docstring: what else a part needs of here.
+relevant, and so is hidden most; ITM label 1 is a match. "Copy with" in a docstring: what else of this file it needs.
 
 Index
   Attention, Mlp                    building blocks
@@ -90,7 +90,7 @@ class Attention(nn.Module):
         return self.project(context, self.key, self.value)
 
     def scale_keys_values(self, keys, values, scale):
-        """Keys and values of scale * context, scale (B, M), without a new projection: W(sx) + b = s(Wx) + b. [ours]"""
+        """Keys and values of scale * context, scale (B, M): 1 - m; no new projection: W(sx) + b = s(Wx) + b. [ours]"""
         scale, parts = scale[:, None, :, None].to(keys.dtype), ((self.key, keys), (self.value, values))
         biases = [self.split_heads(layer.bias[None, None]).to(keys.dtype) for layer, _ in parts]  # (1, H, 1, D / H)
         return tuple(torch.lerp(bias, part, scale) for bias, (_, part) in zip(biases, parts))
@@ -242,11 +242,11 @@ class TextLayer(nn.Module):
         self.mlp_norm = nn.LayerNorm(dim, eps=1e-12)
 
     def attend(self, x, keys_values, image_index, keys_mask, return_probs):
-        """Cross-attention of x (R, L, D); the others: see FusionEncoder. Returns output (R, L, D), probs."""
+        """Cross-attention of x (R, L, D); the others: see FusionEncoder.forward. Returns output (R, L, D), probs."""
         keys, values, *soft_scale = keys_values  # soft_scale: 1 - m, where soft_mask_keys_values has put it
         if soft_scale:
             keys, values = self.cross_attention.scale_keys_values(keys, values, *soft_scale)
-        ordered, attended = len(x) - len(image_index), []
+        ordered, attended = len(x) - len(image_index), []  # ordered: how many rows, the first, are grouped by image
         if ordered:  # an image's rows are one long query, since cross-attention treats queries apart; no copies
             query = x[:ordered].reshape(len(keys), -1, x.shape[-1])  # (I, rows * L, D)
             states, probs = self.cross_attention(query, keys, values, keys_mask, return_probs)
@@ -259,7 +259,7 @@ class TextLayer(nn.Module):
         return torch.cat(attended), probs
 
     def forward(self, x, mask, keys_values=None, image_index=None, keys_mask=None, return_probs=False, cls_only=False):
-        """x (R, L, D), mask (R, 1, L or 1, L) bool; the others: see FusionEncoder. Returns x, probs."""
+        """x (R, L, D), mask (R, 1, L or 1, L) bool; the others: see FusionEncoder.forward. Returns x, probs."""
         probs, own = None, ()  # own: keys and values of all tokens, where x does not stay all tokens
         if cls_only:
             own, x, mask = self.self_attention.keys_values(x), x[:, :1], mask[:, :, :1]  # (R, L, D) -> (R, 1, D)
@@ -316,7 +316,7 @@ class FusionEncoder(nn.Module):
             layer.cross_attention.key, layer.cross_attention.value = first.key, first.value
 
     def keys_values(self, *image_embeds):
-        """Per layer i keys and values, both (I, H, 1 + N, D / H), of image_embeds[i % sets] (I, 1 + N, D). [ALBEF]"""
+        """Keys, values (I, H, 1 + N, D / H) per layer i, of image_embeds[i % images_per_text] (I, 1 + N, D). [ALBEF]"""
         if len(image_embeds) != self.images_per_text:
             raise ValueError(f"{len(image_embeds)} images a text, the model takes {self.images_per_text}")
         pairs = (layer.cross_attention.keys_values(x) for layer, x in zip(self.layers, image_embeds * len(self.layers)))
@@ -693,7 +693,7 @@ class PretrainModel(TaskModel):
         """
         student, twin = self.encoders, self.encoders_m
         own, masked = torch.arange(len(image), device=image.device), mlm_labels != -100
-        # A GPU is waited for here, where it has little to do yet, and nowhere below.
+        # A GPU is waited for here, with little to do yet, and nowhere below. filled: queue entries; chosen: of masked
         filled, chosen = min(int(self.queue_written), len(self.queue_ids)), masked.nonzero(as_tuple=True)
         text_ids = masked_ids if self.mask_text_for == "all" else input_ids  # [paper] Fig. 2: the masked text enters
         image_m, text_ids_m = (image, text_ids) if clean_image is None else (clean_image, input_ids)
@@ -708,7 +708,7 @@ class PretrainModel(TaskModel):
             image_feat_m, text_feat_m = twin.image_feat(image_embeds_m), twin.text_feat(text_embeds_m)
 
         # Focal ITC, before fusion
-        ids = own if image_ids is None else image_ids
+        ids = own if image_ids is None else image_ids  # (B,), of images
         different = ids[:, None] != ids[None]  # (B, B)
         queues = self.image_queue[:filled].float(), self.text_queue[:filled].float()
         positives = None if image_ids is None else ids[:, None] == torch.cat([ids, self.queue_ids[:filled]])[None]
@@ -722,7 +722,7 @@ class PretrainModel(TaskModel):
         fused, attention = student.fuse(text_embeds, attention_mask, keys_values, attention_layer=attention_layer)
         match_logits = self.itm_head(fused[:, 0])  # (B, 2)
 
-        # ITM: each image with a hard negative text, then each text with a hard negative image, as further_logits wants
+        # ITM: each image with a hard negative text, then each text with a hard negative image: fuse's order of rows
         negative_image, image_valid = hard_negatives(sim_t2i, different, generator)
         negative_text, text_valid = hard_negatives(sim_i2t, different, generator)
         def further_logits(texts, *reading):
@@ -739,7 +739,7 @@ class PretrainModel(TaskModel):
         if self.soft_mask:
             cam = word_attention(attention, match_logits[:, 1])
             picked = pick_word(word_ids, masked, generator)
-            mask, has_word = soft_mask(cam, picked), picked.any(1)
+            mask, has_word = soft_mask(cam, picked), picked.any(1)  # mask: m (B, N)
             texts, reading = own, [student.fusion.soft_mask_keys_values(keys_values, mask)]
             labels = torch.where(has_word, 1, -100)
             if self.soft_mask_negatives:  # an image's own and negative text side by side, then negative images
@@ -1148,7 +1148,7 @@ def rename_albef(state: dict, text_layers: int) -> dict:
 
 def export_albef(model) -> dict:
     """The state of any task's model as ALBEF's own checkpoints have it, less what the task leaves alone. [ALBEF]"""
-    has_bert = isinstance(model, PretrainModel) and model.mask_text_for  # BertForMaskedLM there, else BertModel
+    has_mlm = isinstance(model, PretrainModel) and model.mask_text_for  # BertForMaskedLM there, else BertModel
     left_out = ("mlm_head",) if isinstance(model, TextAssignmentModel) else model.unused
     exported = {}
     for key, tensor in model.state_dict().items():
@@ -1156,7 +1156,7 @@ def export_albef(model) -> dict:
         if part in ("image_queue", "text_queue"):
             exported |= {part: tensor.T} if len(tensor) else {}  # from_pretrained's are empty: no shape of ALBEF's
         elif part == "queue_ids":
-            exported |= {} if has_bert or not len(tensor) else {"idx_queue": tensor[None]}
+            exported |= {} if has_mlm or not len(tensor) else {"idx_queue": tensor[None]}
         elif part == "queue_written":
             exported["queue_ptr"] = tensor[None] % max(len(model.queue_ids), 1)
         elif part not in ("encoders", "encoders_m"):
@@ -1168,7 +1168,7 @@ def export_albef(model) -> dict:
             name = re.sub(r"^text\.layers", "bert.layers", name)
             for theirs, ours in reversed(ALBEF_VISION_NAMES if name.startswith("vision.") else ALBEF_TEXT_NAMES):
                 name = name.replace(ours, theirs)
-            if has_bert or decoder:
+            if has_mlm or decoder:
                 name = re.sub(r"^text_encoder\.(?!cls)", "text_encoder.bert.", name)
             name = re.sub("^text_encoder", "text_decoder", name) if decoder else name
             name = re.sub(r"^(\w+)", r"\1_m", name) if part == "encoders_m" else name
@@ -1326,12 +1326,12 @@ class Pretrained:
 
     @torch.no_grad()
     def encode_image(self, image):
-        """The image's feature (P,), float32, of length 1: its dot product with a text's is their similarity."""
+        """image_feat (P,), no token states; float32, of length 1: its dot product with a text's is their similarity."""
         return self.encoders.image_feat(self.image_embeds(image))[0]
 
     @torch.no_grad()
     def encode_text(self, text: str):
-        """The text's feature (P,), float32, of length 1."""
+        """text_feat (P,), no token states; float32, of length 1."""
         return self.encoders.text_feat(self.text_embeds(text)[0])[0]
 
     def match_pass(self, image, text, attention_layer=None):

@@ -75,8 +75,8 @@ FREE_SETTINGS = {"num_workers", "device", "compile", "checkpointing", "log_every
 # training; annotation files are compared by content, and they and the images may have moved.
 FREE_KEYS = {"accumulation", "test", "train", "pretrain_files", "nlvr2_pretrain_files", "image_root", "vg_image_root",
              "pretrain_image_root"}
-# Settings of data, eval and method that are not named after a task, yet read by the training of these alone, or by their
-# choice of the best epoch.
+# Settings of data, eval and method that no task has in its name, but that the training of these tasks alone, or their choice
+# of the best epoch, reads.
 READERS = {
     "retrieval_sets": ("retrieval",), "top_k": ("retrieval",), "answers_top_k": ("vqa",),
     "queue_size": ("pretrain", "retrieval", "grounding"), "attention_layer": ("pretrain", "grounding"),
