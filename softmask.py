@@ -109,7 +109,7 @@ class Attention(nn.Module):
         if return_probs or dropout and x.device.type == "cpu":  # where SDPA with dropout is slower than this
             with torch.autocast(x.device.type, enabled=False):  # 8 bits of bf16 are too coarse for Grad-CAM
                 scores = (query.float() / math.sqrt(query.shape[-1])) @ keys.float().transpose(-2, -1)
-                probs = (scores if mask is None else scores.masked_fill(~mask, -math.inf)).softmax(-1)
+                probs = (scores if mask is None else scores.masked_fill(~mask, -1e38)).softmax(-1)  # -inf can give NaN
                 context = (F.dropout(probs, dropout) @ values.float()).to(values.dtype)
         else:
             context = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, dropout_p=dropout)
@@ -202,12 +202,12 @@ def sincos_pos_embed(grid: int, width: int):
 
 def resize_pos_embed(pos_embed, grid: int):
     """Position embedding (1, 1 + n * n, D) resized to (1, 1 + grid * grid, D), bicubically; [CLS] unchanged. [ALBEF]"""
-    cls, patches = pos_embed[:, :1], pos_embed[:, 1:]
-    old = math.isqrt(patches.shape[1])
-    if old * old != patches.shape[1]:
+    old = math.isqrt(pos_embed.shape[1] - 1) if pos_embed.ndim == 3 else 0
+    if not old or old * old != pos_embed.shape[1] - 1:
         raise ValueError(f"pos_embed of shape {tuple(pos_embed.shape)} is not [CLS] and a square grid")
     if old == grid:
         return pos_embed
+    cls, patches = pos_embed[:, :1], pos_embed[:, 1:]
     patches = patches.unflatten(1, (old, old)).permute(0, 3, 1, 2)  # (1, n * n, D) -> (1, D, n, n)
     patches = F.interpolate(patches.float(), size=(grid, grid), mode="bicubic", align_corners=False)
     return torch.cat([cls, patches.flatten(2).transpose(1, 2).to(cls.dtype)], dim=1)
@@ -330,9 +330,8 @@ class FusionEncoder(nn.Module):
         scale = 1 - F.pad(mask, (1, 0))  # (I, N) -> (I, 1 + N); the image's [CLS] has m = 0
         return [(keys, values, scale) for keys, values in keys_values]
 
-    def forward(
-        self, text_embeds, mask, keys_values, image_index=None, attention_layer=None, cls_only=False, keys_mask=None
-    ):
+    def forward(self, text_embeds, mask, keys_values, image_index=None, attention_layer=None, cls_only=False,
+                keys_mask=None):
         """Fuse R texts text_embeds (R, L, D) with the images they read.
 
         mask (R, L), or (R, L, L), a row for each query; keys_mask (I, 1 + N), of keys_values: what may be attended.
@@ -401,11 +400,9 @@ class AnswerDecoder(nn.Module):
 class Encoders(nn.Module):
     """What has a momentum twin: image and text encoder [paper], the rest [ALBEF]; a task adds cls_head or decoder."""
 
-    def __init__(
-        self, vocab_size: int, image_size: int, patch_size: int, vision_width: int, vision_layers: int,
-        vision_heads: int, text_width: int, text_layers: int, fusion_layers: int, text_heads: int, max_positions: int,
-        embed_dim: int, dropout: float, images_per_text: int = 1,
-    ):
+    def __init__(self, vocab_size: int, image_size: int, patch_size: int, vision_width: int, vision_layers: int,
+                 vision_heads: int, text_width: int, text_layers: int, fusion_layers: int, text_heads: int,
+                 max_positions: int, embed_dim: int, dropout: float, images_per_text: int = 1):
         super().__init__()
         self.vision = VisionTransformer(image_size, patch_size, vision_width, vision_layers, vision_heads)
         self.text = TextEncoder(vocab_size, max_positions, text_width, text_layers, text_heads, dropout)
@@ -620,7 +617,7 @@ class TaskModel(nn.Module):
 
     @torch.no_grad()
     def update_twin(self):
-        """twin = momentum * twin + (1 - momentum) * student, in float32: once before each optimizer step. [ALBEF]"""
+        """twin = momentum * twin + (1 - momentum) * student, in float32 weights: before each optimizer step. [ALBEF]"""
         if self.momentum is not None:
             torch._foreach_lerp_([*self.encoders_m.parameters()], [*self.encoders.parameters()], 1 - self.momentum)
 
@@ -637,10 +634,8 @@ class PretrainModel(TaskModel):
     The queues start empty, and what was never written is no negative [ours; ALBEF's start as random vectors].
     """
 
-    def __init__(
-        self, encoders: Encoders, queue_size: int, momentum: float, temp: float, soft_mask: bool,
-        soft_mask_negatives: bool, attention_layer: int | None, focal_gamma: float, mask_text_for: str | None,
-    ):
+    def __init__(self, encoders: Encoders, queue_size: int, momentum: float, temp: float, soft_mask: bool,
+                 soft_mask_negatives: bool, attention_layer: int | None, focal_gamma: float, mask_text_for: str | None):
         super().__init__(encoders, momentum, () if mask_text_for else ("mlm_head",))
         fusion_layers = len(encoders.fusion.layers)
         self.attention_layer = (fusion_layers - 1) // 2 if attention_layer is None else attention_layer
@@ -672,7 +667,7 @@ class PretrainModel(TaskModel):
         self.temp.clamp_(0.001, 0.5)
 
     def words_losses(self, image, input_ids, word_ids):
-        """The loss {words} of the image encoder, word embeddings as its head, where no DeiT taught it. [ours]
+        """The loss {words} of the image encoder; its head: word embeddings, as wide; where no DeiT taught it. [ours]
 
         image (B, 3, S, S), normalised; input_ids, word_ids (B, L): of tokenize.
         """
@@ -680,10 +675,8 @@ class PretrainModel(TaskModel):
         logits = F.linear(self.encoders.encode_image(image)[:, 1:], *words)  # (B, N, V)
         return {"words": words_loss(logits, input_ids, word_ids)}
 
-    def forward(
-        self, image, input_ids, attention_mask, masked_ids, mlm_labels, word_ids, image_ids, alpha, generator=None,
-        clean_image=None,
-    ):
+    def forward(self, image, input_ids, attention_mask, masked_ids, mlm_labels, word_ids, image_ids, alpha,
+                generator=None, clean_image=None):
         """Losses {itc, itm, soft_itm, mlm} and statistics of a batch, and the arguments for enqueue, after the step.
 
         image (B, 3, S, S), normalised, distorted; input_ids, attention_mask, word_ids (B, L): of tokenize; masked_ids,
@@ -700,7 +693,7 @@ class PretrainModel(TaskModel):
 
         # Image encoder and text encoder, and their momentum twins
         image_embeds = student.encode_image(image)  # (B, 1 + N, D)
-        text_embeds = student.encode_text(text_ids, attention_mask)  # (B, L, D)
+        text_embeds = student.encode_text(text_ids, attention_mask).requires_grad_()  # so that all may be frozen
         image_feat, text_feat = student.image_feat(image_embeds), student.text_feat(text_embeds)  # (B, P)
         with torch.no_grad():
             image_embeds_m = twin.encode_image(image_m)
@@ -898,7 +891,7 @@ def mask_text(input_ids, word_ids, mask_id: int, ordinary_ids, probability, rand
     """Mask tokens for MLM: 80 % [MASK], 10 % a random token, 10 % unchanged. [ALBEF], after BERT
 
     input_ids, word_ids (B, L): see tokenize; each token of a word is masked on its own, with probability in [0, 1].
-    ordinary_ids (n,): the random ones, all but special tokens [ours; ALBEF: all]; random_replacement False: [MASK] in
+    ordinary_ids (n,) int64: random ones, all but special tokens [ours; ALBEF: all]; random_replacement False: [MASK] in
     every case. Returns masked_ids (B, L) and mlm_labels (B, L): the id hidden, -100 where nothing is.
     """
     shape, device = input_ids.shape, input_ids.device
@@ -1021,7 +1014,7 @@ def normalize(images):
 
 
 def square(image, size: int):
-    """A PIL image resized to size x size, bicubically, whatever its aspect: the image of every evaluation. [ALBEF]"""
+    """An RGB PIL image resized to size x size, bicubically, whatever its aspect: that of every evaluation. [ALBEF]"""
     return TF.resize(image, [size, size], InterpolationMode.BICUBIC)
 
 
@@ -1042,10 +1035,13 @@ def load_tokenizer(name):
     """Lower-case BERT tokenizer of a vocab.txt, its folder, entries or hub name; ValueError. Copy with: vocabulary."""
     from transformers import AutoTokenizer, BertTokenizer  # here, so that the rest of this module does without
     if not isinstance(name, (str, os.PathLike)):
-        entries, name = list(name), "vocabulary"
+        entries, name = sorted(name, key=name.get) if isinstance(name, dict) else list(name), "vocabulary"
     elif os.path.isfile(path := f"{name}/vocab.txt") or os.path.isfile(path := name):
-        with open(path, encoding="utf-8-sig") as file:
-            entries = [line.rstrip("\n") for line in file]
+        try:
+            with open(path, encoding="utf-8-sig") as file:
+                entries = [line.rstrip("\n") for line in file]
+        except UnicodeDecodeError:
+            raise ValueError(f"{path} is no BERT vocabulary: it is not in UTF-8") from None
     elif str(name).endswith(".txt"):  # no name on the hub, where a look-up may take minutes
         raise ValueError(f"tokenizer {name!r}: no such file")
     else:
@@ -1073,7 +1069,7 @@ def tokenize(tokenizer, texts: list[str], max_tokens: int, end: bool = False) ->
     """[CLS] and the word pieces of each text, then [SEP] if end asks for it (answers), padded to the longest. [ALBEF]
 
     Returns input_ids, attention_mask, word_ids (B, L) int64 (word_ids: number of the word a token is a piece of, -1 for
-    [CLS], [SEP] and padding), L at most max_tokens; and truncated, the number of texts cut to that.
+    [CLS], [SEP] and padding), L at most max_tokens (1 + end or more); truncated: how many of 1 or more texts are cut.
     """
     room = max(max_tokens - 1 - end, 0)
     pieces = tokenizer([texts] if isinstance(texts, str) else list(texts), add_special_tokens=False)
@@ -1267,7 +1263,7 @@ def load_bert(encoders: Encoders, state: dict) -> list[str]:
     missing = load_weights(encoders, state, fresh)
     if hasattr(encoders, "decoder"):
         start_decoder(encoders)
-    return [name for name in missing if not name.startswith("vision.")]
+    return [name for name in missing if not name.startswith(("vision.", "decoder."))]
 
 
 def load_start(model, state: dict) -> tuple[list[str], list[str]]:
@@ -1310,9 +1306,11 @@ class Pretrained:
     def image_embeds(self, image):
         """image_embeds (1, 1 + N, D) of a PIL image of 8 bits a channel, which is turned as its EXIF says."""
         vision, image = self.encoders.vision, image.copy()
+        if image.mode[0] in "IF":  # which convert would clip
+            raise ValueError(f"image of mode {image.mode}: give one of 8 bits a channel")
         with contextlib.suppress(Exception):  # of a damaged EXIF
             image.getexif()
-        image.info.pop("exif", None)  # it is read; after a turn it would be written anew, which odd tags make fail
+        image.info.clear()  # EXIF is read; after a turn it would be written anew, which odd tags make fail
         image = ImageOps.exif_transpose(image).convert("RGB")
         pixels = TF.to_dtype(TF.to_image(square(image, vision.grid * vision.patch_size)), scale=True)
         return self.encoders.encode_image(normalize(pixels[None].to(self.model.temp)))  # its device and dtype
@@ -1339,7 +1337,8 @@ class Pretrained:
         image_embeds = self.image_embeds(image).requires_grad_()  # so that a frozen model has a graph too
         keys_values = self.encoders.image_keys_values(image_embeds)
         fused, attention = self.encoders.fuse(text_embeds, mask, keys_values, attention_layer=attention_layer)
-        return self.model.itm_head(fused[:, 0]).float(), attention, tokens
+        with torch.autocast(fused.device.type, enabled=False):  # rounded to 8 bits, images would tie
+            return self.model.itm_head(fused[:, 0].to(self.model.temp)).float(), attention, tokens
 
     @torch.no_grad()
     def match(self, image, text: str):
@@ -1378,6 +1377,7 @@ def read_checkpoint(path) -> dict:
     return checkpoint
 
 
+@torch.inference_mode(False)  # weights made in it would have no graph for word_attention
 def load_trained(path, device: str = "cpu"):
     """The model of any task, its queues empty, the tokenizer, and all of train.py's checkpoint; else ValueError."""
     checkpoint = read_checkpoint(checkpoint_path(path))

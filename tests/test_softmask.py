@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BertConfig, BertForMaskedLM, BertModel, BertTokenizer, ViTConfig, ViTModel
@@ -555,6 +555,14 @@ def test_weights_that_do_not_fit_name_the_key(change, name):
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
+def test_a_decoder_started_from_bert_is_not_called_fresh(saved_bert):
+    sizes = {key: value for key, value in SIZES.items() if key != "vocab_size"}
+    encoders = softmask.build_model("vqa", VOCAB_SIZE, sizes, METHOD).encoders
+    fresh = softmask.load_bert(encoders, saved_bert[1])
+    assert fresh and all(key.startswith(("image_proj", "text_proj", "fusion")) and "self" not in key for key in fresh)
+    assert torch.equal(encoders.decoder.mlm_head.dense.weight, encoders.mlm_head.dense.weight)
+
+
 def test_deit_and_bert_that_do_not_fit_name_the_key(saved_bert):
     deit = random_deit()
     del deit["norm.weight"]
@@ -573,8 +581,9 @@ def test_deit_and_bert_that_do_not_fit_name_the_key(saved_bert):
 
 
 def test_position_embedding_of_no_square_grid():
-    with pytest.raises(ValueError, match=r"pos_embed of shape \(1, 7, 4\)"):
-        softmask.resize_pos_embed(torch.zeros(1, 7, 4), 3)
+    for shape in ((1, 7, 4), (1, 1, 4), (5,)):
+        with pytest.raises(ValueError, match=re.escape(f"pos_embed of shape {shape} is not [CLS] and a square grid")):
+            softmask.resize_pos_embed(torch.zeros(shape), 3)
 
 
 class Payload:
@@ -1041,6 +1050,35 @@ def test_batched_equals_single_with_padding():
         for feat, states in ((encoders.image_feat, image_embeds), (encoders.text_feat, text_embeds)):
             assert_near(feat(states[one]), feat(states)[one])
             assert feat(states)[i].norm().item() == pytest.approx(1)
+
+
+def test_a_text_of_padding_alone_spoils_no_other():
+    """A batch that was filled up: with dropout on a CPU, where attention is ours, and without it, where it is torch's."""
+    model, batch = make_model(sizes={"dropout": 0.1}), make_batch()
+    batch["attention_mask"][1], batch["word_ids"][1], batch["mlm_labels"][1] = 0, -1, -100
+    for mode in (False, True):
+        losses = model.train(mode)(**batch, generator=seeded())[0]
+        assert all(value.isfinite() for value in losses.values())
+        gradients = torch.autograd.grad(sum(losses.values()), [*model.encoders.text.parameters()])
+        assert all(gradient.isfinite().all() for gradient in gradients)
+
+
+@pytest.mark.parametrize("frozen", ["all encoders", "all below the attention"])
+def test_the_soft_mask_of_frozen_encoders(frozen):
+    """The same losses, and gradients of what is not frozen."""
+    model, batch = make_model(), make_batch()
+    expected = model(**batch, generator=seeded())[0]
+    parts = model.encoders.vision, model.encoders.text, *model.encoders.fusion.layers[:2]
+    for part in [model.encoders] if frozen == "all encoders" else parts:
+        part.requires_grad_(False)
+    losses = model(**batch, generator=seeded())[0]
+    assert losses == expected
+    sum(losses.values()).backward()
+    left = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert left and all(parameter.grad is not None for parameter in left)
+    with torch.no_grad():
+        model.soft_mask = False
+        assert not any(value.requires_grad for value in model(**batch)[0].values())
 
 
 @torch.no_grad()
@@ -1824,11 +1862,11 @@ def test_flip_words():
 # Text
 
 
-def test_load_tokenizer_reads_a_list_a_file_and_a_folder(tmp_path):
+def test_load_tokenizer_reads_a_list_a_file_a_folder_and_ids_by_entry(tmp_path):
     (tmp_path / "vocab.txt").write_text("\n".join(VOCABULARY) + "\n")
     (tmp_path / "bom.txt").write_text("\n".join(VOCABULARY), encoding="utf-8-sig")
     for source in (VOCABULARY, str(tmp_path / "vocab.txt"), tmp_path / "vocab.txt", str(tmp_path), tmp_path,
-                   str(tmp_path / "bom.txt")):
+                   str(tmp_path / "bom.txt"), {entry: VOCABULARY.index(entry) for entry in sorted(VOCABULARY)}):
         tokenizer = softmask.load_tokenizer(source)
         assert softmask.vocabulary(tokenizer) == VOCABULARY
         assert softmask.tokenize(tokenizer, ["red dogs"], 9)["input_ids"].tolist() == [[2, 6, 7, 9]]
@@ -1877,6 +1915,12 @@ def test_tokenizer_that_is_nowhere(monkeypatch):
     monkeypatch.undo()
     with pytest.raises(ValueError, match="none.txt': no such file"):
         softmask.load_tokenizer("none.txt")
+
+
+def test_a_vocabulary_that_is_not_utf_8_is_named(tmp_path):
+    (tmp_path / "vocab.txt").write_bytes("\n".join([*VOCABULARY, "läuft"]).encode("latin-1"))
+    with pytest.raises(ValueError, match="vocab.txt is no BERT vocabulary: it is not in UTF-8$"):
+        softmask.load_tokenizer(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -1997,6 +2041,18 @@ def test_pretrained_features(trained):
         assert_near(pretrained.encode_image(Image.open(file)), image_feat)
     for mode in ("L", "RGBA", "P", "CMYK"):
         assert pretrained.encode_image(IMAGE.convert(mode)).isfinite().all()
+    for mode in ("I;16", "I", "F"):  # convert("RGB") would clip them, white or black
+        with pytest.raises(ValueError, match=f"image of mode {mode}: give one of 8 bits a channel"):
+            pretrained.encode_image(Image.fromarray(np.asarray(IMAGE.convert("L")).astype(
+                {"I;16": np.uint16, "I": np.int32, "F": np.float32}[mode])))
+
+
+def test_exif_in_the_text_of_a_png_turns_it_whatever_else_it_holds(trained):
+    raw = b"Exif\0\0II*\0\10\0\0\0" + struct.pack("<HHHLLHHL4sL", 2, 0x0112, 3, 1, 6, 0x0128, 2, 2, b"2", 0)
+    text = PngImagePlugin.PngInfo()
+    text.add_text("Raw profile type exif", f"\nexif\n{len(raw):8d}\n{raw.hex()}\n")  # as ImageMagick writes it
+    IMAGE.transpose(Image.Transpose.ROTATE_90).save(file := io.BytesIO(), "PNG", pnginfo=text)
+    assert_near(trained[1].encode_image(Image.open(file)), trained[1].encode_image(IMAGE))
 
 
 def test_pretrained_match(trained):
@@ -2009,6 +2065,19 @@ def test_pretrained_match(trained):
     no_match, expected = model.itm_head(fused[0, 0]).tolist()
     assert logit == pytest.approx(expected, rel=1e-4) == pytest.approx(match.item(), rel=1e-4)
     assert probability == pytest.approx(1 / (1 + math.exp(no_match - expected)), rel=1e-4)
+
+
+def test_match_logits_are_not_rounded_under_autocast(trained):
+    """Else those of a hundred images tie, by which images are ranked."""
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = [trained[1].match(IMAGE, SENTENCE[:end])[1] for end in (3, 8, 14)]
+    assert all(torch.tensor(logit).bfloat16().item() != logit for logit in logits)
+
+
+def test_a_model_loaded_in_inference_mode_has_word_attention(trained, tmp_path):
+    with torch.inference_mode():
+        _, maps = softmask.from_pretrained(tmp_path).word_attention(IMAGE, SENTENCE)
+    assert_near(maps, trained[1].word_attention(IMAGE, SENTENCE)[1])
 
 
 @pytest.mark.parametrize("layer", [None, 0, 1])
