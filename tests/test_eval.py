@@ -475,6 +475,12 @@ def test_check_is_exact_on_a_recorded_platform(runs, capsys):
     assert lines[1] == "zero_shot.txt_r1: 23.0 recorded, 23.000000001 here" and lines[-1].endswith("figures agree")
 
 
+def test_check_of_several_folders_fails_where_one_does(monkeypatch):
+    monkeypatch.setattr(evaluation, "check", {"as recorded": 0, "other": 1}.get)
+    assert evaluation.main(["check", "as recorded", "as recorded"]) == 0
+    assert evaluation.main(["check", "other", "as recorded"]) == evaluation.main(["check", "as recorded", "other"]) == 1
+
+
 @pytest.mark.parametrize("r1, inside", [(10.6, True), (33.4, True), (10.5, False), (33.5, False), (math.nan, False)])
 def test_check_elsewhere_takes_the_seeds_spread(r1, inside, runs, capsys):
     # 20 to 24: 22 +- 6.62 * sqrt(2.5) * sqrt(6 / 5) = 22 +- 11.47; the other figures are the same five times
@@ -583,6 +589,19 @@ def test_curve_of_runs_with_other_fields(tmp_path, monkeypatch):
     for point, color in {(335, 90): (31, 119, 180),  # 8 to 2 of 0.5 to 8, logarithmic
                          (360, 90): (104, 163, 204), (785, 90): (104, 163, 204), (785, 35): (227, 109, 110)}.items():
         assert np.abs(np.subtract(pixels.getpixel(point), color)).max() < 20, (point, pixels.getpixel(point))
+
+
+def test_what_watches_a_training_has_no_dropout(scene, monkeypatch, tmp_path):
+    model, tokenizer, config, _ = scene
+    seen, similarities = [], evaluation.similarities
+
+    def spy(model, *arguments, **named):
+        seen.append(model.training)
+        return similarities(model, *arguments, **named)
+
+    monkeypatch.setattr(evaluation, "similarities", spy)
+    assert evaluation.watch_pretraining(tokenizer, config, tmp_path)(model.train(), 7).keys() == {"txt_r1", "img_r1"}
+    assert seen == [False]
 
 
 def test_curve_of_a_run(trained, tmp_path):

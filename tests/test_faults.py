@@ -688,7 +688,8 @@ def test_fresh_deletes_nothing_where_the_new_run_cannot_begin(typo, whole, fails
 
 def test_fresh_starts_over_before_its_first_step(whole, before_step, tmp_path):
     shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
-    (tmp_path / "best.pt").write_bytes(b"of the run before")
+    for name in ("best.pt", "answers_val.json", "answers_test.json", "masks_7.png", ".fresh"):
+        (tmp_path / name).write_bytes(b"of the run before")
     seen = []
     before_step(1, lambda: seen.append(sorted(os.listdir(tmp_path))))
     start("--fresh", "--out", tmp_path, *SETTINGS)

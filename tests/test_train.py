@@ -797,6 +797,7 @@ def test_a_folder_that_machines_do_not_share_is_found_at_once(tmp_path):
     (["pretrain.accumulation=2"], "pairs a step: 8 then, 16 now"),
     (["data.scenes.seed=6"], "data.scenes.seed: 5 then, 6 now"),
     (["seed=1"], "seed: 42 then, 1 now"),
+    (["precision=bf16"], "precision: float32 then, bf16 now"),
 ])
 def test_resumption_under_changed_settings_is_refused(change, named, finished, tmp_path):
     result = run(tmp_path, "train.py", "--out", finished, *TINY, NO_EVALUATION, *change)
