@@ -181,7 +181,7 @@ class Steps:
         if device.type == "cuda":  # as the loader's are
             self.batch = {name: values.pin_memory() for name, values in self.batch.items()}
         self.run = types.SimpleNamespace(  # in the place of train.Run: logs nothing, saves nothing
-            step=0, steps_per_epoch=1, task_name="pretrain", checkpoint_file="none",
+            step=0, words_steps=0, steps_per_epoch=1, task_name="pretrain", checkpoint_file="none",
             special=(4, torch.arange(5, vocab_size, device=device)),  # [MASK] and the ordinary tokens
             count=lambda *_: None, add=lambda *_: None, step_done=lambda *_: None,
         )
