@@ -62,7 +62,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 INDEX_FOLDER = os.path.join(HERE, "data", "index")  # may be deleted between runs: it is made again
-INDEX_VERSION = 1  # raised with any change of what the folder holds
+INDEX_VERSION = 2  # raised with any change of what the folder holds
 INDEX_KEPT_FROM = 1 << 24  # bytes; a smaller JSON file is indexed within a second, at every start
 CHUNK_BYTES = 1 << 22  # what is read at a time of an annotation file
 MAX_RECORD_BYTES = 1 << 24
@@ -666,6 +666,8 @@ def open_index(path, layout):
     layout: a key of FORMATS, in which every record is checked. InputError: the file is not what it should be.
     """
     is_shard, stamp = path.endswith(".tar"), file_stamp(path)
+    if os.path.isdir(path):
+        raise InputError(f"{path} is a folder; name the files in it, as {os.path.join(path, '*.tar')}")
     if is_shard and layout not in SHARD_TASKS:
         raise InputError(f"{path}: tar shards are for data.pretrain_files alone; give a JSON list")
     if not is_shard:
@@ -675,8 +677,8 @@ def open_index(path, layout):
     kept = is_shard or stamp[0] >= INDEX_KEPT_FROM
     if kept and os.path.exists(folder):
         return load_index(path, stamp, folder)
-    if read_bytes(path, stamp, 0, 2) == b"\x1f\x8b":
-        raise InputError(f"{path} is compressed; unpack it first, with gunzip")
+    if read_bytes(path, stamp, 0, 6).startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0")):
+        raise InputError(f"{path} is compressed; unpack it first, with gunzip < FILE > NEW, bunzip2 or unxz")
     index = index_shard(path, stamp) if is_shard else index_json(path, stamp, FORMATS[layout])
     if not kept:
         return index
@@ -695,9 +697,9 @@ def load_index(path, stamp, folder):
         about = json.loads(pathlib.Path(folder, "about.json").read_bytes())
         # Processes share a map. But it costs a file descriptor, so shards have none: they are many, their offsets few.
         offsets = np.load(os.path.join(folder, "offsets.npy"), mmap_mode=None if rows else "r")
-    except (OSError, EOFError, ValueError) as error:
+        return Index(path, stamp, offsets, about["digest"], rows, about["left_out"])
+    except (OSError, EOFError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"{folder}: cannot be read ({error}); delete it") from None
-    return Index(path, stamp, offsets, about["digest"], rows, about["left_out"])
 
 
 def index_json(path, stamp, required):
@@ -749,7 +751,7 @@ def scan_list(path, chunks):
             sign = text[position:position + 1]
             if sign not in ("", "["):
                 head = text[position:position + 40].encode("latin-1").decode(errors="replace")
-                hint = "; of JSON lines make one list" * (sign == "{")
+                hint = "; of JSON lines make a list, of an object take the list in it" * (sign == "{")
                 raise InputError(f"{path}: wanted a list of one or more records, got {head!r}{hint}")
             position += len(sign)
         try:
@@ -789,7 +791,8 @@ class ShardHeader(tarfile.TarInfo):
 def index_shard(path, stamp):
     """Make the Index of a tar shard such as img2dataset writes: NAME.jpg with its caption in NAME.txt or NAME.json.
 
-    Only plain files count, no links; names are never used as paths. InputError: no tar file, or not a whole one.
+    Only plain files count, no links, nor ._NAME, which macOS adds; names are never used as paths. InputError: no tar file,
+    or not a whole one.
     """
     images, captions = {}, {".txt": {}, ".json": {}}
     try:
@@ -799,7 +802,8 @@ def index_shard(path, stamp):
                     raise tarfile.ReadError(f"a negative size at byte {member.offset}")
                 name, kind = os.path.splitext(member.name)
                 found = images if kind.lower() in IMAGE_SUFFIXES else captions.get(kind.lower())
-                if found is not None and member.isreg() and not member.issparse():
+                hidden = os.path.basename(name).startswith("._")
+                if found is not None and member.isreg() and not member.issparse() and not hidden:
                     found[name] = {"image": member.name, "offset": member.offset_data, "size": member.size}
             shard.fileobj.seek(shard.offset)
             if shard.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):  # tarfile stops without a word
@@ -830,7 +834,7 @@ def read_caption(file, name, places):
             file.seek(place["offset"])
             content = file.read(place["size"])
             try:
-                caption = content.decode() if kind == ".txt" else json.loads(content)["caption"]
+                caption = content.decode("utf-8-sig") if kind == ".txt" else json.loads(content)["caption"]
             except (ValueError, RecursionError, TypeError, KeyError):
                 continue
             if isinstance(caption, str) and caption.strip():
@@ -873,7 +877,8 @@ def _record_problem(row, required):
             wanted = " or ".join(kind.__name__ if isinstance(kind, type) else str(kind) for kind in kinds)
             got = short(value) if str in map(type, kinds) else type(value).__name__
             return f"key {key!r}: wanted {wanted}, got {got}"
-        if type(value) is list and not all(isinstance(item, str) for item in value):
+        boxes = key in ("objects", "other_boxes")  # of data.grounding_boxes
+        if type(value) is list and not boxes and not all(isinstance(item, str) for item in value):
             return f"key {key!r}: wanted a list of strings"
         if key == "images" and len(value) != 2:
             return f"key 'images': wanted two paths, got {len(value)}"
@@ -932,7 +937,7 @@ def naming(path, number):
 
 
 def join_image_path(image_root, path):
-    """Join a record's image path to image_root, below which it must stay; with image_root "" any path is allowed."""
+    """Join a record's image path to image_root, below which it must stay, links aside; with "" any path is allowed."""
     full = os.path.join(image_root, path)
     root = os.path.abspath(image_root)
     if image_root and os.path.commonpath([root, os.path.abspath(full)]) != root:
@@ -1376,12 +1381,14 @@ def load_grounding(path, config):
     for number, (record, row) in enumerate(evaluation_rows("grounding", path, config)):
         ref = refs.get(record["ref_id"], {"ann_id": None, "image_id": None})
         annotation, image = annotations.get(ref["ann_id"], {}), images.get(ref["image_id"])
-        boxes = dets.get(str(ref["image_id"]), [])
+        boxes, name = dets.get(str(ref["image_id"]), []), str((image or {}).get("file_name", record["image"]))
         for good, problem in [
             ("split" in ref, f"ref_id {record['ref_id']} is not in {files.refs}"),
             (_is_box(annotation.get("bbox")), f"annotation {ref['ann_id']} has no bbox in {files.instances}"),
             (image and min(image["height"], image["width"]) > 0 and image["height"] * image["width"] <= MAX_PIXELS,
              f"image {ref['image_id']} has no size in {files.instances}, or one over {MAX_PIXELS:,} pixels"),
+            (os.path.basename(name) == os.path.basename(record["image"]),
+             f"image {ref['image_id']} is {name} in {files.instances}, not {record['image']}"),
             (isinstance(boxes, list) and all(map(_is_box, boxes)),
              f"the proposals of image {ref['image_id']} in {files.dets} are no boxes [x, y, width, height]"),
         ]:

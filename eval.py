@@ -547,6 +547,13 @@ def load_rows(task, file, config):
     return (data.load_vqa if task == "vqa" else data.load_grounding)(file, config)
 
 
+def scene_rows(config, name):
+    """What data.grounding_boxes or data.foils, by name, lists: dicts with image, caption, and the keys named here."""
+    more = {"objects": (list,), "other_boxes": (list,)} if name == "grounding_boxes" else {"foil": (str,), "kind": (str,)}
+    path = getattr(config.data, name)
+    return data.check_rows(path, data.read_json(path), {"image": (str,), "caption": (str,)} | more)
+
+
 def evaluation_files(task, config):
     """The files of a task's evaluation; of pre-training those of retrieval."""
     return data.task_files(config, "retrieval" if task == "pretrain" else task)
@@ -592,9 +599,9 @@ def look_ahead(task, config):
         find_first(images, file)
     if task == "vqa" and (files.val or files.test):
         data.load_answers(files.answers)
-    for path in (config.data.grounding_boxes, config.data.foils) if task == "pretrain" else ():
-        if path is not None:
-            data.read_json(path)
+    for name in ("grounding_boxes", "foils") if task == "pretrain" else ():
+        if getattr(config.data, name) is not None:
+            scene_rows(config, name)
 
 
 def evaluate(task, model, tokenizer, config, split, out):
@@ -666,7 +673,7 @@ def evaluate_pretrained(model, tokenizer, config, out, split="test"):
     has_attention = len(model.encoders.fusion.layers) > 1  # the last fusion layer has none, so an only one has none either
     boxes, scenes = config.data.grounding_boxes, config.data.scenes
     if boxes is not None and scenes is not None and has_attention and split == "test":
-        rows, side = data.read_json(boxes), scenes.image_size
+        rows, side = scene_rows(config, "grounding_boxes"), scenes.image_size
         metrics["pointing"] = pointing_metrics(model, tokenize, rows, os.path.dirname(boxes), side, config)
     if config.eval.pictures and has_attention:
         paths, captions, image_of_text = data.load_retrieval(file, files.image_root, config.data.max_words)
@@ -678,7 +685,7 @@ def evaluate_pretrained(model, tokenizer, config, out, split="test"):
         except OSError as error:  # the figures are worth more
             print(f"no picture of masks: {error}", file=sys.stderr)
     if config.data.foils is not None and split == "test":
-        rows = data.read_json(config.data.foils)
+        rows = scene_rows(config, "foils")
         metrics["foils"] = foil_metrics(model, tokenize, rows, os.path.dirname(config.data.foils), config)
     return metrics
 
@@ -911,13 +918,13 @@ def file_of_run(folder, name) -> str:
 
 
 def read_run(file) -> dict:
-    """What a metrics.json holds, settings flat and without those of other tasks; a start named by the seed: SEED."""
+    """What a metrics.json holds, settings flat and without those of other tasks; a start that ends a part in the seed: SEED."""
     run = data.read_json(file)
     if not isinstance(run, dict) or not {"task", "seed", "step", "settings", "metrics"} <= run.keys():
         raise data.InputError(f"{file} was not written by train.py: it lacks task, seed, step, settings or metrics")
     settings = flatten(own_settings(run["settings"], run["task"]))
     if isinstance(start := settings.get(f"{run['task']}.start"), str):
-        settings[f"{run['task']}.start"] = re.sub(rf"(?<!\d){run['seed']}(?!\d)", "SEED", start)
+        settings[f"{run['task']}.start"] = re.sub(rf"(seed|[-_]){run['seed']}(?=/|$)", r"\1SEED", start)
     return run | {"settings": settings}
 
 
@@ -943,7 +950,9 @@ def read_runs(folders) -> dict:
             entry = settings, settings.pop("seed"), figures
         except (AttributeError, KeyError, TypeError) as error:
             raise data.InputError(f"{file} is no metrics.json of this version ({error!r})") from None
-        if figures and entry not in runs.get(run["task"], []):  # a copy is no second run
+        if not figures:
+            print(f"{file} has no figures to compare", file=sys.stderr)
+        elif entry not in runs.get(run["task"], []):  # a copy is no second run
             runs.setdefault(run["task"], []).append(entry)
     if not runs:
         raise data.InputError(f"{files[0]} has no figures to compare, nor has another; was there a file to evaluate on?")
@@ -1234,7 +1243,7 @@ def main(arguments):
             raise data.InputError(f"masks: scale {scale} has no scenes; give --image and --text")
         else:
             root = os.path.dirname(config.data.grounding_boxes)
-            rows = data.read_json(config.data.grounding_boxes)[: config.eval.pictures]
+            rows = scene_rows(config, "grounding_boxes")[: config.eval.pictures]
             pairs = [(data.join_image_path(root, row["image"]), row["caption"]) for row in rows]
         if not pairs:
             raise data.InputError("masks: eval.pictures is 0, so nothing is to be drawn; give how many")

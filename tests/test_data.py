@@ -1,8 +1,10 @@
 """data.py: settings, annotation files, images and batches, on hand-made files; every error names its file or key."""
+import bz2
 import dataclasses
 import gzip
 import io
 import json
+import lzma
 import math
 import os
 import pickle
@@ -312,7 +314,7 @@ def test_records_hold_what_the_files_hold(tmp_path):
     ("[]", "bad.json: wanted a list of one or more records"),
     ('[{"image": "a", "caption": "x"}, 3]', r"bad.json: record 1 \(from 0\): wanted an object, got int"),
     ('[{"image": "a"}]', r"bad.json: record 0 \(from 0\): key 'caption' is missing; it has 'image'"),
-    ('{"image": "a", "caption": "x"}\n', "of JSON lines make one list"),
+    ('{"image": "a", "caption": "x"}\n', "got .*; of JSON lines make a list, of an object take the list in it"),
     ('[{"image": 3, "caption": "x"}]', r"record 0 \(from 0\): key 'image': wanted str, got int"),
     ('[{"image": "a", "caption": null}]', "key 'caption': wanted str or list, got NoneType"),
     ('[{"image": "a", "caption": ["x", 1]}]', "key 'caption': wanted a list of strings"),
@@ -371,8 +373,16 @@ def test_bad_records_show_their_texts_and_long_ones_are_refused(tmp_path, monkey
 
 @pytest.mark.parametrize("name", ["a.json", "a.tar"])
 def test_compressed_files_are_told_from_broken_ones(name, tmp_path):
-    (tmp_path / name).write_bytes(gzip.compress(b"[]"))
-    with pytest.raises(data.InputError, match=f"{name} is compressed; unpack it first"):
+    for compress in (gzip.compress, bz2.compress, lzma.compress):
+        (tmp_path / name).write_bytes(compress(b"[]"))
+        with pytest.raises(data.InputError, match=f"{name} is compressed; unpack it first"):
+            data.Records([str(tmp_path / name)], "pretrain")
+
+
+@pytest.mark.parametrize("name", ["images", "shards.tar"])
+def test_a_folder_in_the_place_of_a_file_is_named(name, tmp_path):
+    (tmp_path / name).mkdir()
+    with pytest.raises(data.InputError, match=f"{name} is a folder; name the files in it, as {tmp_path / name}/\\*.tar"):
         data.Records([str(tmp_path / name)], "pretrain")
 
 
@@ -414,6 +424,10 @@ def test_index_stays_in_memory_where_it_cannot_be_kept(tmp_path, kept, capsys):
     (offsets,) = kept.glob("*/offsets.npy")
     offsets.write_bytes(b"")
     with pytest.raises(data.InputError, match=f"{offsets.parent}: cannot be read .*; delete it"):
+        data.Records([path], "pretrain")
+    about = offsets.with_name("about.json")
+    about.write_text("{}")
+    with pytest.raises(data.InputError, match=f"{about.parent}: cannot be read .*; delete it"):
         data.Records([path], "pretrain")
     offsets.unlink()
     shard = data.Records([write_shard(tmp_path / "0.tar", SAMPLES)], "pretrain")
@@ -524,11 +538,11 @@ def test_a_file_with_brackets_in_its_name_is_itself(tmp_path):
     assert data.matches(path) == [path] == data.matches(str(tmp_path / "a[[]1].json"))
 
 
-SAMPLES = {"000.jpg": RED, "000.txt": b"a red dog\n", "000.json": b'{"caption": "not this one"}',
+SAMPLES = {"000.jpg": RED, "000.txt": b"\xef\xbb\xbfa red dog\n", "000.json": b'{"caption": "not this one"}',
            "b/../../001.PNG": BLUE, "b/../../001.json": '{"caption": "a caf\u00e9", "sha256": null}'.encode(),
            "002.webp": BLUE, "003.jpeg": RED, "003.json": b'{"caption": null}', "004.jpg": RED, "004.txt": b" \n",
            "005.jpg": RED, "005.json": b"[", "006.jpg": RED, "006.txt": b"\xe9", "006.json": b'{"caption": "a cat"}',
-           "007.txt": b"no image", "008.npy": b"x"}
+           "007.txt": b"no image", "008.npy": b"x", "._000.jpg": b"Mac OS X", "._000.txt": b"Mac OS X"}
 SHARD_NAMES = ["000.jpg", "b/../../001.PNG", "006.jpg"]  # those with a caption
 
 
@@ -1381,6 +1395,8 @@ def test_load_grounding_joins_references_boxes_and_proposals(grounding, tmp_path
     (lambda files: files["instances"]["annotations"][0].update(bbox=[1, 2, 3, math.nan]), "annotation 70 has no bbox"),
     (lambda files: files["instances"]["images"].pop(), "record 1 .*image 800 has no size in .*instances.json"),
     (lambda files: files["instances"]["images"][0].update(height=0), "record 0 .*image 700 has no size"),
+    (lambda files: files["instances"]["images"][1].update(file_name="b/0.png"),
+     "record 1 .*image 800 is b/0.png in .*instances.json, not 1.png; are these files of one data set"),
     (lambda files: files["instances"]["images"][0].update(height=10 ** 9), "image 700 has no size .*, or one over"),
     (lambda files: files["instances"]["images"][0].update(height="9"), "images: record 0 .*'height': wanted int"),
     (lambda files: files["instances"].pop("images"), "instances.json: images: wanted a list of one or more records"),

@@ -418,6 +418,15 @@ def test_bad_command_line_is_one_line(arguments, message, trained, tmp_path):
     assert result.status == 2 and len(line) == 1 and message in line[0] and "Traceback" not in result.err, result.err
 
 
+def test_boxes_and_foils_of_another_form_are_named_before_training_too(trained, tmp_path):
+    (tmp_path / "rows.json").write_text('[{"image": "a.png", "caption": "a star"}]')
+    for name, key in (("grounding_boxes", "objects"), ("foils", "foil")):
+        setting, message = f"data.{name}={tmp_path / 'rows.json'}", f"rows.json: record 0 (from 0): key '{key}' is missing"
+        for command in (["eval.py", "pretrain", "--checkpoint", trained.out, "eval.pictures=0"], ["train.py", "--out", tmp_path / "out"]):
+            assert message in run(tmp_path, *command, *trained.arguments, setting).error
+    assert not (tmp_path / "out" / "log.jsonl").exists()
+
+
 @pytest.mark.parametrize("arguments, message", [
     (["check", "none"], "none: no metrics.json there, which a run of train.py leaves"),
     (["curve", "none"], "none: no log.jsonl there, which a run of train.py leaves"),

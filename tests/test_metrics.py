@@ -290,6 +290,28 @@ def test_table_names_seven_of_many_settings_that_change_together(tmp_path, capsy
     assert lines[-1].split(" | ")[1:3] == ["None, None, None, None, None, None, None, 2 more", "5, 5, 5, 5, 5, 5, 5, 2 more"]
 
 
+@pytest.mark.parametrize("start, taken_for", [
+    ("out/words-1", "out/words-SEED"), ("out/seed1/best.pt", "out/seedSEED/best.pt"), ("v1/words_1", "v1/words_SEED"),
+    ("/mnt/disk1/ALBEF.pth", None), ("ALBEF_1M.pth", None), ("words-12", None),
+])
+def test_a_start_of_the_seed_is_told_from_one_with_its_digit(start, taken_for, tmp_path):
+    write_run(tmp_path / "run", 1, 10.0)
+    file = tmp_path / "run" / "metrics.json"
+    run = json.loads(file.read_text())
+    run["settings"]["pretrain"] = {"start": start}
+    file.write_text(json.dumps(run))
+    assert evaluation.read_run(file)["settings"]["pretrain.start"] == taken_for or start
+
+
+def test_table_names_runs_without_figures(tmp_path, capsys):
+    for seed in (1, 2):
+        write_run(tmp_path / str(seed), seed, 10.0)
+    run = json.loads((tmp_path / "2" / "metrics.json").read_text())
+    (tmp_path / "2" / "metrics.json").write_text(json.dumps(run | {"metrics": {}}))
+    evaluation.main(["table", str(tmp_path)])
+    assert capsys.readouterr().err == f"{tmp_path / '2' / 'metrics.json'} has no figures to compare\n"
+
+
 def test_table_takes_runs_that_start_from_their_own_seed_as_alike(tmp_path, capsys):
     for seed, r1 in ((1, 10.0), (2, 14.0), (12, 3.0)):
         write_run(tmp_path / str(seed), seed, r1)
