@@ -1445,8 +1445,8 @@ def check(config, task):
     """Look through the files of a task and print what they hold.
 
     Per annotation file: records, images that are missing or empty, and of some drawn at random those that cannot be
-    read; texts that are empty or cut, word pieces that the vocabulary lacks; of VQA the share of the answers in the list
-    that is ranked, of grounding the expressions without proposals.
+    read; texts that are empty or cut, word pieces that the vocabulary lacks; of retrieval an image_id of several images, of VQA
+    the share of the answers in the list that is ranked, of grounding the expressions without proposals.
     Pre-training's evaluation is zero-shot retrieval. Returns True when nothing is missing, malformed, too little to train
     on, or so often bad or unknown that training would stop or learn nothing. config: Config after resolve_scenes.
     """
@@ -1484,6 +1484,7 @@ def check(config, task):
             print(f"  that is more than max_bad_image_share ({share}) of the records: it would stop the training")
             found = False
 
+    image_of = {}  # of each image_id that retrieval is trained on: the first image
     places = [os.path.realpath(path) for entry in trained for path in matches(entry)]
     for path, count in collections.Counter(places).items():
         if count > 1:
@@ -1492,11 +1493,14 @@ def check(config, task):
         training = number < len(trained)
         try:
             records = Records([path], layout)
-            images = {}  # as keys; those in shards are there, since they are in the index
+            images, shared = {}, {}  # images: as keys; those in shards are there, since they are in the index
             for index in range(min(len(records), MAX_CHECKED_IMAGES)):
+                record = records[index]
                 with naming(path, index):
-                    paths = image_paths(records[index], kind, files)
+                    paths = image_paths(record, kind, files)
                 images |= dict.fromkeys(image for image in paths if not isinstance(image, ShardImage))
+                if layout == "retrieval" and image_of.setdefault(str(record["image_id"]), paths[0]) != paths[0]:
+                    shared.setdefault(str(record["image_id"]), paths[0])
             answers = set(load_answers(files.answers)) if kind == "vqa" else None
             rows = load_grounding(path, config) if layout == "grounding_eval" else None
             if layout == "vqa_eval":
@@ -1516,6 +1520,10 @@ def check(config, task):
         for image in missing[:5]:
             print(f"  missing or empty: {valid_text(image)}")
         found = found and not missing
+        for image_id, image in list(shared.items())[:1]:
+            more = f" (and {len(shared) - 1} more)" * (len(shared) > 1)
+            print(f"  image_id {short(image_id)} is of {valid_text(image)}, and of {valid_text(image_of[image_id])} above{more}: "
+                  "training takes their pairs for one image's")
         generator = torch.Generator().manual_seed(hash63("check", config.seed))
         order = torch.randperm(len(records), generator=generator)[:MAX_CHECKED_TEXTS].tolist()
         sample = [records[index] for index in order]

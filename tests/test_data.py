@@ -1210,6 +1210,25 @@ def test_check_finds_what_training_would_refuse_or_learn_nothing_from(pairs, tmp
     assert not found and "22 are empty" in out and "more than max_bad_image_share (0.01) of the records" in out
 
 
+def test_check_names_an_image_id_of_two_images(pairs, tmp_path, tokenizer, capsys):
+    """Two files that both number from 0: retrieval would take pairs of different images for one image's, and no negatives."""
+    rows, config = pairs
+    (tmp_path / "vocab.txt").write_text("\n".join(VOCABULARY))
+    one, other = ([row | {"caption": text, "image_id": [i, str(i)][n]} for i, row in enumerate(part) for text in row["caption"]]
+                  for n, part in enumerate((rows[:6], rows[6:])))  # "0" is 0 in training
+    paths = [write_json(tmp_path / "one.json", one), write_json(tmp_path / "other.json", other)]
+    sets = {"tiny": data.Files(str(tmp_path), paths[:1], None, None)}
+    files = dataclasses.replace(config.data, tokenizer=str(tmp_path / "vocab.txt"), retrieval="tiny", retrieval_sets=sets)
+    settings = dataclasses.replace(config.retrieval, batch_size=2)
+    config = dataclasses.replace(config, data=files, retrieval=settings)
+    assert data.check(config, "retrieval") and " is of " not in capsys.readouterr().out  # an image has several captions
+    sets["tiny"] = data.Files(str(tmp_path), paths, None, None)
+    assert data.check(config, "retrieval")  # which may be meant
+    out = capsys.readouterr().out
+    assert out.count("is of") == 1 and f"  image_id '0' is of {tmp_path}/6.png, and of {tmp_path}/0.png above" in out
+    assert "(and 5 more): training takes their pairs for one image's" in out
+
+
 def test_load_nlvr2_and_entailment(pairs, tmp_path):
     rows, config = pairs
     root = str(tmp_path)
