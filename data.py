@@ -1501,7 +1501,8 @@ def check(config, task):
                 images |= dict.fromkeys(image for image in paths if not isinstance(image, ShardImage))
                 if layout == "retrieval" and image_of.setdefault(str(record["image_id"]), paths[0]) != paths[0]:
                     shared.setdefault(str(record["image_id"]), paths[0])
-            answers = set(load_answers(files.answers)) if kind == "vqa" else None
+            ranked = kind == "vqa" and (files.val or files.test or files.answers)
+            answers = set(load_answers(files.answers)) if ranked else None
             rows = load_grounding(path, config) if layout == "grounding_eval" else None
             if layout == "vqa_eval":
                 load_vqa(path, config)
@@ -1546,7 +1547,7 @@ def check(config, task):
         cleaned = [clean_text(text, kind, max_words) for text in texts]
         tokens, empty = "", words.count(0) + lengths.count([])
         unusable = sum(record.count(0) / len(record) if record else 1 for record in lengths)  # one of its texts is drawn
-        unanswered = [answers_of(record) is None for record in sample if answers is not None]
+        unanswered = [answers_of(record) is None for record in sample if kind == "vqa"]
         if tokenizer is not None and texts:
             tokenized = softmask.tokenize(tokenizer, cleaned, max_tokens)
             pieces = tokenized["input_ids"][tokenized["word_ids"] >= 0]
@@ -1558,9 +1559,11 @@ def check(config, task):
         print(f"  of {len(texts)} {TEXT_KEYS.get(kind, 'caption')}s {empty} are empty, "
               f"{cut / max(len(texts), 1):.1%} cut at {max_words} words{tokens}")
         if answers is not None:
-            ranked = [answer in answers for record in sample for answer in answers_of(record) or []]
-            print(f"  of {len(ranked)} answers {np.mean(ranked or [0]):.1%} are in {files.answers}; {sum(unanswered)} of "
+            known = [answer in answers for record in sample for answer in answers_of(record) or []]
+            print(f"  of {len(known)} answers {np.mean(known or [0]):.1%} are in {files.answers}; {sum(unanswered)} of "
                   f"{len(sample)} records have none")
+        elif kind == "vqa":
+            print(f"  {sum(unanswered)} of {len(sample)} records have no answer")
         too_many(unusable + sum(unanswered), len(sample), len(records))
         if rows is not None:
             print(f"  {sum(not row['dets'] for row in rows)} of {len(rows)} texts have no proposals in {files.dets}")

@@ -855,7 +855,7 @@ def curve(folders):
                 log = [json.loads(line) for line in lines if line.endswith("\n")]
             except ValueError as error:
                 raise data.InputError(f"{file}: not JSON ({error})") from None
-        if not log or "pairs" not in log[0]:
+        if not log or not all(isinstance(line, dict) and "pairs" in line for line in log):
             raise data.InputError(f"{file} has no line yet, or none that says how many pairs were seen")
         logs.append(log)
     target = os.path.join(folders[0], "curve.png")
@@ -922,6 +922,8 @@ def read_run(file) -> dict:
     run = data.read_json(file)
     if not isinstance(run, dict) or not {"task", "seed", "step", "settings", "metrics"} <= run.keys():
         raise data.InputError(f"{file} was not written by train.py: it lacks task, seed, step, settings or metrics")
+    if not isinstance(run["settings"], dict):
+        raise data.InputError(f"{file} is no metrics.json of this version: its settings are {data.short(run['settings'])}")
     settings = flatten(own_settings(run["settings"], run["task"]))
     if isinstance(start := settings.get(f"{run['task']}.start"), str):
         settings[f"{run['task']}.start"] = re.sub(rf"(seed|[-_]){run['seed']}(?=/|$)", r"\1SEED", start)
@@ -1191,7 +1193,8 @@ def main(arguments):
     overrides = [word for word in options.words if "=" in word]
     task, *rest = [word for word in options.words if "=" not in word] or [""]
     if task in ("table", "curve", "check"):
-        rest += [word for word in overrides if os.path.isdir(word)]
+        rest = [word for word in options.words if "=" not in word or os.path.isdir(word)]
+        rest.remove(task)
         unread = [word for word in overrides if not os.path.isdir(word)]
         unread += [f"--{name}" for name in ("scale", "checkpoint", "image", "text", "split", "out")
                    if getattr(options, name) is not None]

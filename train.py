@@ -803,6 +803,9 @@ def run_task(task_name, config, settings, out, fresh):
         if task.warmup_steps >= min(schedules):
             say(f"{task_name}.warmup_steps ({task.warmup_steps}) are no fewer than its steps "
                 f"({', then '.join(map(str, schedules))}): lr is never reached")
+        if run.step < run.words_steps and (task.start or config.model.vision_weights):
+            say(f"method.words_first: the first {run.words_steps} steps train a trained image encoder on words alone; "
+                "method.words_first=0 leaves them out")
         if task.batch_size == 1 and isinstance(model, softmask.PretrainModel):
             say(f"{task_name}.batch_size is 1: without another pair in the batch ITM learns from matches alone")
         sampler = data.ShuffledBatches(len(dataset), *blocks, run.step)

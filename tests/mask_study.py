@@ -14,7 +14,8 @@ image as it is, and with the other object painted over in the colour of the grou
 that is missing. Is a model that has met masks better at going by what is left?
 
 The shares that are told rightly, and those of the foils alone, go into the metrics.json beside the checkpoint too, so that
-`python eval.py table` has their means over seeds and what each setting does to them.
+`python eval.py table` has their means over seeds and what each setting does to them. train.py, called again there, writes
+that file anew, without them.
 """
 
 import argparse

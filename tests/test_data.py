@@ -1492,6 +1492,10 @@ def test_check_of_the_other_tasks(pairs, tmp_path, tokenizer, capsys):
     assert not data.check(config, "entailment")
     out = capsys.readouterr().out
     assert "12 of 12 images missing" in out and f"  missing or empty: {root}/0.jpg" in out
+    unranked = dataclasses.replace(settings, vqa=dataclasses.replace(settings.vqa, val=None, answers=None))
+    assert data.check(dataclasses.replace(config, data=unranked), "vqa")  # nothing is ranked; it is looked through all the same
+    out = capsys.readouterr().out
+    assert "of 12 questions 0 are empty" in out and "  0 of 12 records have no answer" in out
     write_json(tmp_path / "vqa1.json", task_rows(rows, "vqa")[:2] * 2)
     assert not data.check(config, "vqa") and "question_id 0 was there before" in capsys.readouterr().out
     write_json(tmp_path / "answers.json", [])

@@ -640,7 +640,11 @@ def test_curve_of_two_fine_tuning_runs_and_of_none(tmp_path):
         (tmp_path / name / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 3, "e')
     result = run(tmp_path, "eval.py", "curve", "one", "two", cwd=tmp_path)
     assert result.status == 0 and result.out == os.path.join("one", "curve.png") + "\n", result.err
-    for content, message in (('{"step": 1}\n', "none that says"), ("{\n", "not JSON"), ("", "no line yet")):
+    os.rename(tmp_path / "one", tmp_path / "lr=1")
+    result = run(tmp_path, "eval.py", "curve", "lr=1", "two", cwd=tmp_path)
+    assert result.status == 0 and result.out == os.path.join("lr=1", "curve.png") + "\n", result.err  # the first of them
+    assert not (tmp_path / "two" / "curve.png").exists()
+    for content, message in (('{"step": 1}\n', "none that says"), ("{\n", "not JSON"), ("", "no line yet"), ("1\n", "none that says")):
         (tmp_path / "two" / "log.jsonl").write_text(content)
         assert message in run(tmp_path, "eval.py", "curve", "two", cwd=tmp_path).error
     assert "log.jsonl" in run(tmp_path, "eval.py", "curve", "three", cwd=tmp_path).error

@@ -360,7 +360,7 @@ def test_table_refuses_what_is_no_run(tmp_path):
     with pytest.raises(data.InputError, match="was not written by train.py"):
         evaluation.main(["table", str(tmp_path)])
     run = {"task": "pretrain", "seed": 1, "step": 2, "settings": {"seed": 1}, "metrics": {"zero_shot": {}}}
-    for fault in ({}, {"settings": {}}, {"metrics": []}):
+    for fault in ({}, {"settings": {}}, {"settings": None}, {"metrics": []}):
         (tmp_path / "metrics.json").write_text(json.dumps(run | fault))
         with pytest.raises(data.InputError, match="metrics.json is no metrics.json of this version"):
             evaluation.main(["table", str(tmp_path)])

@@ -184,6 +184,15 @@ def test_a_schedule_or_batch_that_can_hardly_be_meant_is_named(setting, line, tm
     assert said == ([] if line is None else [line])
 
 
+@pytest.mark.parametrize("setting, said", [(WORDS, True), ("method.words_first=0", False)])
+def test_words_first_from_trained_weights_is_named(setting, said, finished, tmp_path):
+    out = tmp_path / "out"
+    command = ["train.py", "--start", finished, "--out", out, *TINY, NO_EVALUATION, setting]
+    line = "method.words_first: the first 4 steps train a trained image encoder on words alone; method.words_first=0 leaves them out"
+    assert (line in run(tmp_path, *command).out) == said
+    assert "method.words_first:" not in run(tmp_path, *command).out  # finished
+
+
 def test_finished_run_says_so_and_fresh_starts_over(trained, tmp_path):
     log, temp = pathlib.Path(trained.out, "log.jsonl").read_text(), load(trained.out)["model"]["temp"]
     again = run(tmp_path, "train.py", "--out", trained.out, *trained.arguments)
