@@ -497,18 +497,18 @@ def training_files(config, task):
     return files
 
 
-# Keys that a record has, with the types or the very values allowed; a list is a list of strings, None: may be absent
-# [ALBEF; bool as label, str as question_id, captions as str and list alike, questions without an answer: ours]. Under the
-# name of a task what it is trained on, under TASK_eval what it is evaluated on, where that differs.
+# Keys that a record has, with the types or the very values allowed; None: may be absent [ALBEF; bool as label, str as
+# question_id, captions as str and list alike, questions without an answer: ours]. Under the name of a task what it is
+# trained on, under TASK_eval what it is evaluated on, where that differs.
 FORMATS = {
-    "pretrain": {"image": (str,), "caption": (str, list)},
-    "nlvr2_pretrain": {"image": (str,), "caption": (str, list)},
-    "retrieval": {"image": (str,), "caption": (str, list), "image_id": (str, int)},
-    "retrieval_eval": {"image": (str,), "caption": (str, list)},
-    "vqa": {"image": (str,), "question": (str,), "answer": (str, list), "dataset": ("vqa", "vg")},
-    "vqa_eval": {"image": (str,), "question": (str,), "answer": (str, list, None), "dataset": ("vqa", "vg"),
+    "pretrain": {"image": (str,), "caption": (str, list[str])},
+    "nlvr2_pretrain": {"image": (str,), "caption": (str, list[str])},
+    "retrieval": {"image": (str,), "caption": (str, list[str]), "image_id": (str, int)},
+    "retrieval_eval": {"image": (str,), "caption": (str, list[str])},
+    "vqa": {"image": (str,), "question": (str,), "answer": (str, list[str]), "dataset": ("vqa", "vg")},
+    "vqa_eval": {"image": (str,), "question": (str,), "answer": (str, list[str], None), "dataset": ("vqa", "vg"),
                  "question_id": (int, str)},
-    "nlvr2": {"images": (list,), "sentence": (str,), "label": ("True", "False", bool)},
+    "nlvr2": {"images": (list[str],), "sentence": (str,), "label": ("True", "False", bool)},
     "entailment": {"image": (str,), "sentence": (str,), "label": ENTAILMENT_LABELS},
     "grounding": {"image": (str,), "text": (str,)},
     "grounding_eval": {"image": (str,), "text": (str,), "ref_id": (int,)},
@@ -873,12 +873,12 @@ def _record_problem(row, required):
         if key not in row and None not in kinds:
             return f"key {key!r} is missing; it has {', '.join(map(repr, list(row)[:6])) or 'none'}"
         value = row.get(key)
-        if type(value) not in kinds and not (isinstance(value, str | None) and value in kinds):
-            wanted = " or ".join(kind.__name__ if isinstance(kind, type) else str(kind) for kind in kinds)
+        strings = type(value) is list and list[str] in kinds
+        if not (strings or type(value) in kinds or isinstance(value, str | None) and value in kinds):
+            wanted = " or ".join(getattr(kind, "__name__", str(kind)) for kind in kinds)
             got = short(value) if str in map(type, kinds) else type(value).__name__
             return f"key {key!r}: wanted {wanted}, got {got}"
-        boxes = key in ("objects", "other_boxes")  # of data.grounding_boxes
-        if type(value) is list and not boxes and not all(isinstance(item, str) for item in value):
+        if strings and not all(isinstance(item, str) for item in value):
             return f"key {key!r}: wanted a list of strings"
         if key == "images" and len(value) != 2:
             return f"key 'images': wanted two paths, got {len(value)}"
