@@ -1445,8 +1445,8 @@ def check(config, task):
     """Look through the files of a task and print what they hold.
 
     Per annotation file: records, images that are missing or empty, and of some drawn at random those that cannot be
-    read; texts that are empty or cut, word pieces that the vocabulary lacks; of retrieval an image_id of several images, of VQA
-    the share of the answers in the list that is ranked, of grounding the expressions without proposals.
+    read; texts that are empty or cut, word pieces that the vocabulary lacks; of retrieval an image_id of several images,
+    of VQA the share of the answers in the list that is ranked, of grounding the expressions without proposals.
     Pre-training's evaluation is zero-shot retrieval. Returns True when nothing is missing, malformed, too little to train
     on, or so often bad or unknown that training would stop or learn nothing. config: Config after resolve_scenes.
     """
