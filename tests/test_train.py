@@ -513,9 +513,10 @@ def test_two_processes_have_the_gradients_of_one_with_twice_the_micro_batches(sp
             assert all(torch.equal(value, second[part][name]) for name, value in first[part].items())
         # The key's bias cancels in the softmax: its gradient is rounding noise, which Adam blows up to whole steps.
         grads = [name for name in alone["grads"] if not name.endswith("key.bias")]
-        assert_close(first["grads"], alone["grads"], grads)
         states = [name for name in alone["model"] if not name.endswith("key.bias")]
-        assert_close(first["model"], alone["model"], states, 1e-5 if step == 1 else 1e-4)
+        # From step 2 on the weights differ in their last bits, by which float32 makes gradients differ by 1e-5 at any rate.
+        assert_close(first["grads"], alone["grads"], grads, 1e-6 if step == 1 else 1e-4)
+        assert_close(first["model"], alone["model"], states, 1e-6 if step == 1 else 1e-4)
         assert first["model"]["queue_written"] == 8 * step
     assert_close(*({name: torch.tensor(value) for name, value in read_log(out)[-1].items()} for out in spied),
                  [name for name in read_log(one)[-1] if name not in TIMES])
