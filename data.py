@@ -1521,7 +1521,8 @@ def check(config, task):
         for image in missing[:5]:
             print(f"  missing or empty: {valid_text(image)}")
         found = found and not missing
-        for image_id, image in list(shared.items())[:1]:
+        if shared:
+            image_id, image = next(iter(shared.items()))
             more = f" (and {len(shared) - 1} more)" * (len(shared) > 1)
             print(f"  image_id {short(image_id)} is of {valid_text(image)}, and of {valid_text(image_of[image_id])} above{more}: "
                   "training takes their pairs for one image's")

@@ -104,8 +104,8 @@ def foils_alone(folder, count=1000):
     model, tokenize, config, files = load(folder, 100)
     if config.data.foils is None or config.data.grounding_boxes is None:
         return {}
-    scenes = {row["image"]: row for row in data.read_json(config.data.grounding_boxes)[:count]}
-    rows = [row for row in data.read_json(config.data.foils) if row["image"] in scenes and row["kind"] != "relation"]
+    scenes = {row["image"]: row for row in evaluation.scene_rows(config, "grounding_boxes")[:count]}
+    rows = [row for row in evaluation.scene_rows(config, "foils") if row["image"] in scenes and row["kind"] != "relation"]
     whole = evaluation.foil_metrics(model, tokenize, rows, files.image_root, config)
     with tempfile.TemporaryDirectory() as painted:
         for i, row in enumerate(rows):
