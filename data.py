@@ -969,7 +969,8 @@ class ShardImage(typing.NamedTuple):
 def open_image(path):
     """Open an image file, a path or ShardImage, without decoding it: a PIL image, for use in a with statement.
 
-    BadImage for anything that goes wrong up to the end of that statement, and for over MAX_PIXELS pixels.
+    BadImage for anything that goes wrong up to the end of that statement, for over MAX_PIXELS pixels, for cut files and for
+    PNGs whose checksums do not fit [ours; ALBEF reads as far as they go].
     """
     def opened():
         return Image.open(path.open() if isinstance(path, ShardImage) else path, formats=IMAGE_FORMATS)
@@ -1004,7 +1005,8 @@ def turn_size(image, size):
 def decode_image(image, least_size=None):
     """Decode an opened image as 8-bit RGB, upright (EXIF) [ours; ALBEF as stored], its first frame where it has several.
 
-    Transparency is dropped, not laid over a background: the colour below it shows, often black or white [ALBEF].
+    16 bits are scaled to 8 [ours; ALBEF clips], CMYK and palettes converted [ALBEF], floats refused [ours]. Transparency is
+    dropped, not laid over a background: the colour below it shows, often black or white [ALBEF].
     least_size: None, or a width and height that suffice: a JPEG is decoded at 1/2, 1/4 or 1/8 where that has as many.
     """
     if least_size:

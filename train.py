@@ -18,13 +18,15 @@ A line of log.jsonl, means over the steps since the line before and over all pro
   step               steps done, skipped ones too            epoch             passes over the data, a fraction
   loss               sum of the parts, in pre-training those of ITM times method.itm_weight
   loss_itc           (focal) image-text contrastive loss
-  loss_itm           matching; 0.6365 is the floor of a constant answer at one match to two non-matches
+  loss_itm           matching; 0.6365, what a constant answer has at one match to two non-matches, until the encoders tell
+                     pairs apart: on the scenes within a hundred steps after those of loss_words
   loss_soft_itm      matching on soft-masked images          loss_mlm          masked language modelling
   loss_words         the caption's words, read off the patches, alone in the first steps: method.words_first
   loss_vqa           answers, weighted, per question         loss_cls          NLVR2, entailment
   loss_ta            text assignment, before NLVR2           accuracy          of cls and ta on a batch, 0 to 1
   itm_accuracy       mean of the accuracy on matches and on non-matches: 0.5 is chance; soft_itm_accuracy likewise
-  mask_mean          mean of the soft mask over patches, 0 to 1              temp   temperature of the contrastive loss
+  mask_mean          mean of the soft mask over patches, 0 to 1: how much of an image it hides
+  temp               temperature of the contrastive loss; on the scenes it falls slowly from 0.07
   alpha              weight of the twin's soft targets       lr                learning rate
   grad_norm          length of the whole gradient, before clipping
   bad_images         records replaced so far, because their image, text or answers could not be used
