@@ -16,7 +16,7 @@ Symbols
   image_feat, text_feat       projected, L2-normalised [CLS] states (B, P); _m: of the momentum twin, the teacher
   sim_i2t, sim_t2i            similarities over temperature                word_ids (B, L)   a token's word, -1: none
 Polarity: an attention mask is 1 (True) where a token may be attended; a soft mask is 1 where a patch is most
-relevant, and so is hidden most; ITM label 1 is a match. "Copy with" in a docstring: what else of this file it needs.
+relevant, and so is hidden most; ITM label 1 is a match. "Copy with": what else of this file goes along; tasks need all.
 
 Index
   Attention, Mlp                    building blocks
@@ -91,9 +91,10 @@ class Attention(nn.Module):
 
     def scale_keys_values(self, keys, values, scale):
         """Keys and values of scale * context, scale (B, M): 1 - m; no new projection: W(sx) + b = s(Wx) + b. [ours]"""
-        scale, parts = scale[:, None, :, None].to(keys.dtype), ((self.key, keys), (self.value, values))
-        biases = [self.split_heads(layer.bias[None, None]).to(keys.dtype) for layer, _ in parts]  # (1, H, 1, D / H)
-        return tuple(torch.lerp(bias, part, scale) for bias, (_, part) in zip(biases, parts))
+        scale = scale[:, None, :, None].to(keys.dtype)  # (B, M) -> (B, 1, M, 1)
+        def scaled(layer, part):  # bias + scale * (part - bias)
+            return torch.lerp(self.split_heads(layer.bias[None, None]).to(part.dtype), part, scale)
+        return scaled(self.key, keys), scaled(self.value, values)
 
     def forward(self, x, keys=None, values=None, mask=None, return_probs: bool = False):
         """Attend from x (B, L, D) to itself, or to given keys and values.
@@ -126,20 +127,23 @@ class GeluLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        (x, weight), rows = ctx.saved_tensors, grad.flatten(0, -2)  # (..., D) -> (tokens, D)
-        weight_grad = rows.T @ F.gelu(x).flatten(0, -2).to(grad.dtype)  # first: then GELU's output, large, is gone
+        x, weight = ctx.saved_tensors
+        rows, weight_grad = grad.flatten(0, -2), None  # (..., D) -> (tokens, D)
+        if ctx.needs_input_grad[1]:  # first: then GELU's output, large, is gone
+            weight_grad = rows.T @ F.gelu(x).flatten(0, -2).to(grad.dtype)
         return torch.ops.aten.gelu_backward(grad @ weight.to(grad.dtype), x), weight_grad, rows.sum(0)
 
 
 class Mlp(nn.Module):
-    """Two linear layers, a GELU (erf) between. [ALBEF] fc2 is not called, nor its hooks. Copy with: GeluLinear."""
+    """Two linear layers, a GELU (erf) between. [ALBEF] Hooks of a plain fc2 are skipped. Copy with: GeluLinear."""
 
     def __init__(self, dim: int, hidden_dim: int):
         super().__init__()
-        self.fc1 = nn.Linear(dim, hidden_dim)
-        self.fc2 = nn.Linear(hidden_dim, dim)
+        self.fc1, self.fc2 = nn.Linear(dim, hidden_dim), nn.Linear(hidden_dim, dim)
 
     def forward(self, x):
+        if type(self.fc2) is not nn.Linear:  # an adapter, a quantised layer
+            return self.fc2(F.gelu(self.fc1(x)))
         return GeluLinear.apply(self.fc1(x), self.fc2.weight, self.fc2.bias)
 
 
@@ -323,9 +327,9 @@ class FusionEncoder(nn.Module):
         return [(keys.contiguous(), values.contiguous()) for keys, values in pairs]  # once, not in each product
 
     def soft_mask_keys_values(self, keys_values, mask):
-        """Those of soft-masked images [paper], v~ = (1 - m) v per patch, [CLS] as it is [ours].
+        """Those of soft-masked images [paper], v~ = (1 - m) v per patch, [CLS] as it is [ours]: with 1 - m beside them.
 
-        mask m (I, N) in [0, 1], 1 = most relevant = hidden most. 1 - m comes along; TextLayer.attend scales by it.
+        mask m (I, N) in [0, 1], 1 = most relevant = hidden most. TextLayer.attend scales by 1 - m (I, 1 + N).
         """
         scale = 1 - F.pad(mask, (1, 0))  # (I, N) -> (I, 1 + N); the image's [CLS] has m = 0
         return [(keys, values, scale) for keys, values in keys_values]
@@ -335,7 +339,7 @@ class FusionEncoder(nn.Module):
         """Fuse R texts text_embeds (R, L, D) with the images they read.
 
         mask (R, L), or (R, L, L), a row for each query; keys_mask (I, 1 + N), of keys_values: what may be attended.
-        image_index (n,) int64: image of each of the last n rows; rows before (None: all) are grouped by image, evenly.
+        image_index (n,) int64: images of the last n rows; those before (None: all): image by image, as many for each.
         cls_only: the last layer makes the state of [CLS] alone, all that a match score reads; the same number, sooner.
         Returns states (R, L, D) or (R, 1, D), and attention_layer's probabilities (R, H, L, 1 + N), float32, or None.
         """
@@ -384,9 +388,9 @@ class AnswerDecoder(nn.Module):
         self.mlm_head = MlmHead(width, vocab_size)
 
     def forward(self, answer_ids, answer_mask, keys_values, question_mask, question_index=None):
-        """answer_ids, answer_mask (A, L) -> states (A, L, D), for logits the states from which the next token follows.
+        """answer_ids, answer_mask (A, L) -> states (A, L, D), of which logits makes those of the next token.
 
-        keys_values: fusion.keys_values of I questions' fused states; question_mask (I, M); question_index (A,) or None.
+        keys_values: fusion.keys_values of I questions; question_mask (I, M); question_index (A,): image_index of fuse.
         """
         mask = answer_mask[:, None, :].bool().expand(-1, answer_ids.shape[1], -1).tril()  # (A, L, L), causal
         embeds = self.text(answer_ids, answer_mask)
@@ -460,9 +464,8 @@ def gather(tensor):
 
 
 # Losses: pure functions of tensors
-def focal_itc_loss(
-    image_feat, text_feat, image_feat_m, text_feat_m, image_queue, text_queue, temp, alpha, gamma, positives=None
-):
+def focal_itc_loss(image_feat, text_feat, image_feat_m, text_feat_m, image_queue, text_queue, temp, alpha, gamma,
+                   positives=None):
     """Contrastive loss with momentum distillation and a focal factor. [paper] abstract; [ALBEF] Eq. 6
 
         L = -sum_j q_j (1 - p_j)^gamma log p_j,  averaged over the batch and the two directions
@@ -654,7 +657,7 @@ class PretrainModel(TaskModel):
 
     @torch.no_grad()
     def enqueue(self, image_feat_m, text_feat_m, image_ids):
-        """Put the twin's features (n, P) of all processes, and image_ids (n,) or None, in the queues. [ALBEF]"""
+        """Queue the twin's features (n, P) of all processes, image_ids (n,) or None. [ALBEF; after the step: ours]"""
         image_ids = image_feat_m.new_full(image_feat_m.shape[:1], -100).long() if image_ids is None else image_ids
         for name, entries in (("image_queue", image_feat_m), ("text_queue", text_feat_m), ("queue_ids", image_ids)):
             entries = gather(entries)
@@ -667,7 +670,7 @@ class PretrainModel(TaskModel):
         self.temp.clamp_(0.001, 0.5)
 
     def words_losses(self, image, input_ids, word_ids):
-        """The loss {words} of the image encoder; its head: word embeddings, as wide; where no DeiT taught it. [ours]
+        """The loss {words} of an image encoder without DeiT; its head, of the same width: word embeddings. [ours]
 
         image (B, 3, S, S), normalised; input_ids, word_ids (B, L): of tokenize.
         """
@@ -705,9 +708,8 @@ class PretrainModel(TaskModel):
         different = ids[:, None] != ids[None]  # (B, B)
         queues = self.image_queue[:filled].float(), self.text_queue[:filled].float()
         positives = None if image_ids is None else ids[:, None] == torch.cat([ids, self.queue_ids[:filled]])[None]
-        loss_itc, sim_i2t, sim_t2i = focal_itc_loss(
-            image_feat, text_feat, image_feat_m, text_feat_m, *queues, self.temp, alpha, self.focal_gamma, positives
-        )
+        loss_itc, sim_i2t, sim_t2i = focal_itc_loss(image_feat, text_feat, image_feat_m, text_feat_m, *queues,
+                                                    self.temp, alpha, self.focal_gamma, positives)
 
         # Multi-modal encoder on the positive pairs
         keys_values = student.image_keys_values(image_embeds)
@@ -718,31 +720,30 @@ class PretrainModel(TaskModel):
         # ITM: each image with a hard negative text, then each text with a hard negative image: fuse's order of rows
         negative_image, image_valid = hard_negatives(sim_t2i, different, generator)
         negative_text, text_valid = hard_negatives(sim_i2t, different, generator)
-        def further_logits(texts, *reading):
-            """Match logits (R, 2) of the texts numbered texts (R,); reading: keys_values, image_index of fuse."""
+        def match_logits_of(texts, keys_values, image_index=None):
+            """Match logits (R, 2) of the texts numbered texts (R,); keys_values, image_index: see fuse."""
             rows, rows_mask = text_embeds.index_select(0, texts), attention_mask[texts]
-            return self.itm_head(student.fuse(rows, rows_mask, *reading, cls_only=True)[0][:, 0])
-        logits = [match_logits, further_logits(torch.cat([negative_text, own]), keys_values, negative_image)]
-        labels = [torch.ones_like(own), *(torch.where(valid, 0, -100) for valid in (text_valid, image_valid))]
-        plain = torch.cat(logits), torch.cat(labels)
-        losses = {"itc": loss_itc, "itm": itm_loss(*plain)}
-        stats = {"itm_accuracy": itm_accuracy(*plain), "temp": self.temp.detach().clone()}
+            return self.itm_head(student.fuse(rows, rows_mask, keys_values, image_index, cls_only=True)[0][:, 0])
+        no_match = [torch.where(valid, 0, -100) for valid in (text_valid, image_valid)]
+        labels = torch.cat([torch.ones_like(own), *no_match])
+        negative_logits = match_logits_of(torch.cat([negative_text, own]), keys_values, negative_image)
+        logits = torch.cat([match_logits, negative_logits])
+        losses = {"itc": loss_itc, "itm": itm_loss(logits, labels)}
+        stats = {"itm_accuracy": itm_accuracy(logits, labels), "temp": self.temp.detach().clone()}
 
         # Soft-masked ITM, with the same negatives
         if self.soft_mask:
-            cam = word_attention(attention, match_logits[:, 1])
             picked = pick_word(word_ids, masked, generator)
-            mask, has_word = soft_mask(cam, picked), picked.any(1)  # mask: m (B, N)
-            texts, reading = own, [student.fusion.soft_mask_keys_values(keys_values, mask)]
-            labels = torch.where(has_word, 1, -100)
+            mask = soft_mask(word_attention(attention, match_logits[:, 1]), picked)  # m (B, N)
+            soft_keys_values, has_word = student.fusion.soft_mask_keys_values(keys_values, mask), picked.any(1)
+            texts, image_index, labels = own, None, torch.where(has_word, 1, -100)
             if self.soft_mask_negatives:  # an image's own and negative text side by side, then negative images
-                texts, reading = torch.stack([own, negative_text], 1).flatten(), [*reading, negative_image]
-                labels = torch.stack([labels, torch.where(text_valid & has_word, 0, -100)], 1).flatten()
-                labels = torch.cat([labels, torch.where(image_valid & has_word[negative_image], 0, -100)])
-                texts = torch.cat([texts, own])
-            soft = further_logits(texts, *reading), labels
-            losses["soft_itm"] = itm_loss(*soft)
-            stats |= {"soft_itm_accuracy": itm_accuracy(*soft), "mask_mean": mask.mean()}
+                texts, image_index = torch.cat([torch.stack([own, negative_text], 1).flatten(), own]), negative_image
+                own_and_negative = torch.stack([labels, torch.where(has_word, no_match[0], -100)], 1).flatten()
+                labels = torch.cat([own_and_negative, torch.where(has_word[negative_image], no_match[1], -100)])
+            logits = match_logits_of(texts, soft_keys_values, image_index)
+            losses["soft_itm"] = itm_loss(logits, labels)
+            stats |= {"soft_itm_accuracy": itm_accuracy(logits, labels), "mask_mean": mask.mean()}
 
         # MLM: the same pass, unless the text is masked for it alone
         if self.mask_text_for == "mlm":
@@ -836,15 +837,15 @@ class VqaModel(TaskModel):
 
         answer_ids, answer_mask (A, L); answer_question (A,): the question of each; weights (A,).
         """
-        next_ids, real = answer_ids[:, 1:], answer_mask[:, 1:].bool()  # real: where an answer goes on
+        kept = answer_mask[:, 1:].nonzero(as_tuple=True)  # answer and place (M,); a GPU is waited for here alone
         def next_logits(encoders):
             keys_values = self.question_keys_values(encoders, image, input_ids, attention_mask)
             states = encoders.decoder(answer_ids, answer_mask, keys_values, attention_mask, answer_question)
-            return encoders.decoder.logits(states[:, :-1][real])  # (A, L, D) -> (M, V)
+            return encoders.decoder.logits(states[kept])  # (A, L, D) -> (M, V)
         with torch.no_grad():
             logits_m = next_logits(self.encoders_m)
-        losses = distilled_cross_entropy(next_logits(self.encoders), logits_m, next_ids[real], alpha)
-        return {"vqa": (weights.repeat_interleave(real.sum(1)) * losses).sum() / len(image)}, {}
+        losses = distilled_cross_entropy(next_logits(self.encoders), logits_m, answer_ids[:, 1:][kept], alpha)
+        return {"vqa": (weights[kept[0]] * losses).sum() / len(image)}, {}
 
     @torch.no_grad()
     def rank_answers(self, image, input_ids, attention_mask, candidate_ids, candidate_mask, k: int):
@@ -858,14 +859,14 @@ class VqaModel(TaskModel):
         keys_values = self.question_keys_values(self.encoders, image, input_ids, attention_mask)
         start_ids = candidate_ids[:1, :1].expand(questions, 1)
         start = decoder(start_ids, torch.ones_like(start_ids), keys_values, attention_mask)[:, 0]
-        first_probs = decoder.logits(start).float().softmax(1)[:, candidate_ids[:, 1]]  # (B, C)
-        first_probs, index = first_probs.topk(min(k, len(candidate_ids)), dim=1)
+        first_log_p = decoder.logits(start).float().log_softmax(1)[:, candidate_ids[:, 1]]  # (B, C)
+        first_log_p, index = first_log_p.topk(min(k, len(candidate_ids)), dim=1)
         ids, mask = candidate_ids[index].flatten(0, 1), candidate_mask[index].flatten(0, 1)  # (B * k, L), by question
-        real, nll = mask[:, 2:].bool(), torch.zeros(ids[:, 2:].shape, device=ids.device)
-        states = decoder(ids[:, :-1], mask[:, :-1], keys_values, attention_mask)[:, 1:][real]  # (M, D)
-        parts = zip(states.split(4096), ids[:, 2:][real].split(4096))  # 4,096 x V logits at a time: 0.5 GB
-        nll[real] = torch.cat([F.cross_entropy(decoder.logits(x).float(), y, reduction="none") for x, y in parts])
-        log_p = 2 * first_probs.log() - nll.sum(1).view_as(first_probs)
+        kept, nll = mask[:, 2:].nonzero(as_tuple=True), torch.zeros(ids[:, 2:].shape, device=ids.device)
+        states = decoder(ids[:, :-1], mask[:, :-1], keys_values, attention_mask)[:, 1:][kept]  # (M, D)
+        parts = zip(states.split(4096), ids[:, 2:][kept].split(4096))  # 4,096 x V logits at a time: 0.5 GB
+        nll[kept] = torch.cat([F.cross_entropy(decoder.logits(x).float(), y, reduction="none") for x, y in parts])
+        log_p = 2 * first_log_p - nll.sum(1).view_as(first_log_p)
         probs, order = log_p.softmax(1).sort(dim=1, descending=True)
         return index.gather(1, order), probs
 
@@ -966,7 +967,7 @@ def uniform(low, high, generator):
 
 
 def crop_box(width: int, height: int, crop_min_area: float, generator=None):
-    """A crop: left, top, width, height; see augment_image. [ALBEF; edges half as often: ours] Copy with: uniform."""
+    """A crop: left, top, width, height; see augment_image. [ALBEF; edges at half the rate: ours] Copy with: uniform."""
     if crop_min_area == 1:
         return 0, 0, width, height
     for _ in range(10):
@@ -998,14 +999,13 @@ def augment_image(image, size: int, crop_min_area: float, flip: bool, randaugmen
 
 
 def flip_words(text: str) -> str:
-    """Swap the words left and right, as the mirror image needs it. [ours; ALBEF leaves them]"""
+    """Swap left and right, leftmost and rightmost, as the mirror image needs; also the verb. [ours; ALBEF does not]"""
     swap = {"left": "right", "right": "left", "Left": "Right", "Right": "Left", "LEFT": "RIGHT", "RIGHT": "LEFT"}
-    return re.sub(rf"\b({'|'.join(swap)})\b", lambda match: swap[match[0]], text)
+    return re.sub(rf"\b({'|'.join(swap)})(?=(most)?\b)", lambda match: swap[match[0]], text)
 
 
 # Images and text as the model takes them
-IMAGE_MEAN, IMAGE_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-"""Per channel, of pixels in [0, 1]. [ALBEF]: CLIP's."""
+IMAGE_MEAN, IMAGE_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # [ALBEF]: CLIP's
 
 
 def normalize(images):
@@ -1050,14 +1050,15 @@ def load_tokenizer(name):
         except Exception as error:  # the hub's client raises many kinds
             reason = f"no file here, nor loaded from the hub ({type(error).__name__}); name a vocab.txt"
             raise ValueError(f"tokenizer {name!r}: {reason}") from None
-    if lack := sorted({"[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"} - set(entries)) or ["words"] * (len(entries) < 6):
-        raise ValueError(f"{name} is no BERT vocabulary: it lacks {', '.join(lack)}")
-    if len(set(entries)) < len(entries):
-        twice = next(entry for entry in entries if entries.count(entry) > 1)
-        raise ValueError(f"{name}: the entry {twice!r} stands there twice, so ids are not clear; remove one")
+    lack = sorted({"[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"} - set(entries))
+    if lack or len(entries) < 6:
+        raise ValueError(f"{name} is no BERT vocabulary: it lacks {', '.join(lack or ['words'])}")
+    ids = {entry: i for i, entry in enumerate(entries)}
+    if twice := [entry for i, entry in enumerate(entries) if ids[entry] != i]:
+        raise ValueError(f"{name}: the entry {twice[0]!r} stands there twice, so ids are not clear; remove one")
     accents = any(map(unicodedata.combining, unicodedata.normalize("NFD", "".join(entries))))  # then they stay in texts
     # transformers 5 ignores vocab_file= without a word and maps all to [UNK]; vocab= works
-    return BertTokenizer(vocab={entry: i for i, entry in enumerate(entries)}, strip_accents=not accents)
+    return BertTokenizer(vocab=ids, strip_accents=not accents)
 
 
 def vocabulary(tokenizer) -> list[str]:
@@ -1129,8 +1130,7 @@ def rename_albef(state: dict, text_layers: int) -> dict:
         name = name.replace("text_decoder.", "text_encoder.").replace("text_encoder.bert.", "text_encoder.")
         for theirs, ours in ALBEF_VISION_NAMES + ALBEF_TEXT_NAMES:
             name = name.replace(theirs, ours)
-        layer = re.match(r"bert\.layers\.(\d+)\.(.*)", name)
-        if layer:
+        if layer := re.match(r"bert\.layers\.(\d+)\.(.*)", name):
             i = int(layer[1]) - (0 if decoder else text_layers)
             name = f"fusion.layers.{i}.{layer[2]}" if i >= 0 else f"text.layers.{i + text_layers}.{layer[2]}"
         prefix = "" if name.startswith(("temp", "itm_head.", "ta_head.")) else prefix
@@ -1347,7 +1347,7 @@ class Pretrained:
         return logits.softmax(-1)[0, 1].item(), logits[0, 1].item()
 
     def word_attention(self, image, text: str, attention_layer: int | None = None):
-        """The text's words, and of each G over the image, (words, h, w) float32; attention_layer None: the model's."""
+        """The text's words, G of each (words, h, w) float32; attention_layer None: the model's; last: ValueError."""
         layer = self.model.attention_layer if attention_layer is None else attention_layer
         check_attention_layer(layer, len(self.encoders.fusion.layers))
         with torch.inference_mode(False), torch.enable_grad():
@@ -1370,7 +1370,7 @@ def checkpoint_path(path) -> str:
 
 
 def read_checkpoint(path) -> dict:
-    """A checkpoint that train.py wrote, a plain dict; ValueError where path is none. Copy with: read_dict."""
+    """A checkpoint that train.py wrote, a plain dict; ValueError for any other file. Copy with: read_dict."""
     checkpoint = read_dict(path)
     if lack := ", ".join(sorted({"model", "config", "vocab", "step", "task"} - checkpoint.keys())):
         raise ValueError(f"{path} was not written by train.py: it lacks {lack}; ALBEF's are for train.py --start")
@@ -1392,7 +1392,7 @@ def load_trained(path, device: str = "cpu"):
 
 
 def from_pretrained(path, device: str = "cpu") -> Pretrained:
-    """The model of a checkpoint that train.py wrote (the file, or the folder it lies in), ready for use."""
+    """The model of train.py's checkpoint (a file or its folder), ready for use; ValueError or FileNotFoundError."""
     model, tokenizer, checkpoint = load_trained(path, device)
     task, config = checkpoint["task"], checkpoint["config"]
     if not isinstance(model, PretrainModel):

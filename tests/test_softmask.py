@@ -1268,24 +1268,30 @@ def test_a_batch_of_one():
     assert all(loss.isfinite() for loss in losses.values())
 
 
+class Operations(TorchDispatchMode):
+    """Names of the operations of a with statement, "wait" for one whose result's size, or a number, a GPU has to tell."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        name = operation.overloadpacket.__name__
+        indices = args[1] if name.startswith(("index", "_index")) and isinstance(args[1], (list, tuple)) else ()
+        by_mask = any(index is not None and index.dtype == torch.bool for index in indices)
+        sized = name in ("_local_scalar_dense", "nonzero", "repeat_interleave")
+        self.names.append("wait" if by_mask or sized else name)
+        return operation(*args, **(kwargs or {}))
+
+
 @pytest.mark.parametrize("mask_text_for", ["all", "mlm"])
 def test_sizes_that_a_gpu_is_waited_for_are_read_before_the_encoders(mask_text_for):
     """A wait in the midst of a step would let the GPU run dry."""
-    operations = []
-
-    class Record(TorchDispatchMode):
-        def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-            name = operation.overloadpacket.__name__
-            indices = args[1] if name.startswith(("index", "_index")) and isinstance(args[1], (list, tuple)) else ()
-            by_mask = any(index is not None and index.dtype == torch.bool for index in indices)
-            operations.append("wait" if by_mask or name in ("_local_scalar_dense", "nonzero") else name)
-            return operation(*args, **(kwargs or {}))
-
     model, batch = make_model(mask_text_for=mask_text_for), make_batch()
-    with Record():
+    with Operations() as operations:
         losses, _, _ = model(**batch)
         sum(losses.values()).backward()
-    assert "wait" in operations and "wait" not in operations[operations.index("convolution"):]
+    assert "wait" in operations.names and "wait" not in operations.names[operations.names.index("convolution"):]
 
 
 def test_no_caption_with_a_word_left():
@@ -1856,6 +1862,7 @@ def test_flip_words():
     assert softmask.flip_words("left of the right dog") == "right of the left dog"
     assert softmask.flip_words("leftover bright aright copyright") == "leftover bright aright copyright"
     assert softmask.flip_words("left, right; (left) left-hand") == "right, left; (right) right-hand"
+    assert softmask.flip_words("the leftmost dog, not the Rightmost") == "the rightmost dog, not the Leftmost"
     assert softmask.flip_words("LEFT of it, the Right one") == "RIGHT of it, the Left one" and softmask.flip_words("") == ""
 
 
@@ -2105,6 +2112,37 @@ def test_gelu_linear_of_float32_states_under_autocast():
         assert_near(gradient, other, 0.03)
 
 
+def test_a_frozen_mlp_makes_no_gradient_of_its_weights():
+    mlp, x = softmask.Mlp(8, 32).requires_grad_(False), randn(3, 8).requires_grad_()
+    out = mlp(x)
+    with Operations() as operations:
+        (found,) = torch.autograd.grad(out.square().sum(), x)
+    assert operations.names.count("mm") == 2  # of the two layers' inputs
+    plain = F.linear(F.gelu(mlp.fc1(x)), mlp.fc2.weight, mlp.fc2.bias)
+    assert_near(found, torch.autograd.grad(plain.square().sum(), x)[0])
+
+
+def test_an_adapter_in_the_place_of_a_linear_layer_is_called():
+    class Adapter(torch.nn.Module):
+        def __init__(self, layer):
+            super().__init__()
+            self.layer, self.low = layer, torch.nn.Linear(layer.in_features, layer.out_features)
+
+        def forward(self, x):
+            return self.layer(x) + self.low(x)
+
+    block, x = softmask.TextLayer(8, 2, 0.0, image_dim=8), randn(2, 3, 8)
+    for name in ("fc1", "fc2"):
+        setattr(block.mlp, name, Adapter(getattr(block.mlp, name)))
+    for name in ("query", "key", "value", "out"):
+        setattr(block.self_attention, name, Adapter(getattr(block.self_attention, name)))
+    out, _ = block(x, torch.ones(2, 1, 1, 3, dtype=torch.bool))
+    out.square().sum().backward()
+    for module in block.modules():
+        if isinstance(module, Adapter):
+            assert module.low.weight.grad.abs().max() > 0
+
+
 def test_fresh_weights_of_layers_without_bias():
     layer = torch.nn.Linear(40, 50, bias=False)
     softmask.init_weights(layer, std=0.01)
@@ -2202,9 +2240,10 @@ def test_vqa_loss_reaches_every_part():
     batch, answers = make_batch(), torch.tensor([[CLS, 7, 3], [CLS, 9, 3], [CLS, 8, 3]])
     question = batch["image"], batch["input_ids"], batch["attention_mask"]
     rest = answers, torch.ones_like(answers), torch.tensor([0, 2, 3]), torch.tensor([1.0, 0.5, 0.5])
-    with torch.enable_grad():
+    with torch.enable_grad(), Operations() as operations:
         losses, _ = model(*question, *rest, 0.4)
         losses["vqa"].backward()
+    assert "wait" in operations.names and "wait" not in operations.names[operations.names.index("convolution"):]
     for part in ("vision", "text", "fusion", "decoder"):
         gradients = [p.grad for p in getattr(model.encoders, part).parameters() if p.grad is not None]
         assert gradients and max(gradient.abs().max() for gradient in gradients) > 0, part
