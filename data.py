@@ -37,7 +37,6 @@ import pickle
 import random
 import re
 import reprlib
-import shutil
 import signal
 import sys
 import tarfile
@@ -245,7 +244,7 @@ class Config:
 TASKS = tuple(field.name for field in dataclasses.fields(Config) if field.type is TaskConfig)
 
 # A scale that gives one of these replaces it; every other mapping is merged key by key.
-REPLACED_WHOLE = {"data.scenes", "data.retrieval_sets"}
+REPLACED_WHOLE = {"scenes", "retrieval_sets"}
 # Limits, by the last part of the key. A whole number not named in MAY_BE_ZERO is at least 1, every number at least 0.
 MAY_BE_ZERO = {"seed", "epochs", "num_workers", "attention_layer", "randaugment_ops", "warmup_steps", "pictures",
                "eval_every_steps", "max_skipped_steps", "queue_size"}
@@ -263,13 +262,10 @@ def load_config(scale, overrides=(), path=os.path.join(HERE, "config.yaml")):
     Every scale of the file is checked, not the chosen one alone. Returns Config; anything wrong is an InputError.
     """
     try:
-        with open(path, encoding="utf-8") as file:
-            text = file.read()
-    except (OSError, UnicodeDecodeError) as error:
+        document = parse_yaml(pathlib.Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
         raise InputError(f"{path}: cannot be read ({error})") from None
-    try:
-        document = parse_yaml(text)
-    except ValueError as error:
+    except ValueError as error:  # or no UTF-8
         raise InputError(f"{path}: not YAML ({error})") from None
     if not (isinstance(document, dict) and set(document) == {"base", "scales"}
             and all(isinstance(part, dict) for part in document.values())):
@@ -367,13 +363,13 @@ def short(value):
     return reprlib.repr(value)[:60]
 
 
-def _merge(settings, changes, whole=(), prefix=""):
-    """Return settings with changes laid over them, mapping by mapping; keys in whole are replaced, not merged."""
+def _merge(settings, changes, whole=()):
+    """Return settings with changes laid over them, mapping by mapping; those named in whole are replaced, not merged."""
     merged = dict(settings)
     for name, value in changes.items():
-        old, key = merged.get(name), f"{prefix}{name}"
-        both = isinstance(old, dict) and isinstance(value, dict) and key not in whole
-        merged[name] = _merge(old, value, whole, key + ".") if both else value
+        old = merged.get(name)
+        both = isinstance(old, dict) and isinstance(value, dict) and name not in whole
+        merged[name] = _merge(old, value, whole) if both else value
     return merged
 
 
@@ -532,7 +528,12 @@ class Records:
         digest: str, of the bytes of the JSON files and of what the indices of the shards hold (all but the pixels).
         left_out: samples of shards without a caption.
         """
-        self.files, self.layout = [path for entry in files for path in expand_pattern(entry)], layout
+        self.files, self.layout = [], layout
+        for entry in files:
+            found = matches(entry)
+            if not found:
+                raise InputError(f"{entry}: no file matches; see the paths in data")
+            self.files += found
         shown = tqdm(self.files, "annotations", leave=False, disable=None, delay=2)
         self.indices = [open_index(path, layout) for path in shown]
         self.begins = [0, *itertools.accumulate(map(len, self.indices))]
@@ -582,10 +583,8 @@ class Index:
             record = JSON.raw_decode(text.decode())[0]  # what parts it from the next record comes after it
         except RecursionError:  # which depends on the caller's depth, too
             raise InputError(f"{self.path}: record {number} (from 0): nested too deep") from None
-        except ValueError:
-            if isinstance(self.rows, str):
-                raise InputError(f"{self.rows}: damaged; delete the folder it lies in, which is made again") from None
-            raise InputError(f"{self.path} has changed since this run began; start the run again") from None
+        except ValueError:  # a change of the file itself read_bytes has told
+            raise InputError(f"{self.path}: its index is damaged; delete {INDEX_FOLDER}, which is made again") from None
         if self.rows:
             place = record["image"], record["offset"], record["size"]
             record = {"image": ShardImage(self.path, self.stamp, self.digest, *place), "caption": record["caption"]}
@@ -607,17 +606,10 @@ SPACE, SEPARATOR = re.compile(r"[ \t\n\r]*"), re.compile(r"[ \t\n\r]*([,\]])")
 
 
 def matches(entry):
-    """The files that an entry of the settings stands for: itself, or the sorted matches of its wildcards * ? [...]."""
+    """The files that an entry of the settings stands for: itself, or the sorted matches of its wildcards * ? [...] **."""
     entry = os.fspath(entry)
-    return [entry] if os.path.exists(entry) or not glob.has_magic(entry) else sorted(glob.glob(entry))
-
-
-def expand_pattern(entry):
-    """matches of an entry; InputError where there is none."""
-    found = matches(entry)
-    if not found:
-        raise InputError(f"{entry}: no file matches; see the paths in data")
-    return found
+    whole = os.path.exists(entry) or not glob.has_magic(entry)
+    return [entry] if whole else sorted(glob.glob(entry, recursive=True))
 
 
 def file_stamp(path):
@@ -645,18 +637,18 @@ class OpenFile:
 @functools.lru_cache(maxsize=256)  # shards are more than the files that a process may have open
 def open_file(path, stamp):
     """Open a file for read_bytes, and keep it open while it is in use: one put in its place does not harm this run."""
-    try:
-        return OpenFile(path)
-    except OSError as error:
-        raise unreadable(path, error) from None
+    return OpenFile(path)
 
 
 def read_bytes(path, stamp, offset, size):
     """Read size bytes of a file from offset on; InputError where it has another file_stamp than stamp, unless None."""
-    file = open_file(path, stamp)
-    if stamp not in (None, file_stamp(file.descriptor)):
-        raise InputError(f"{path} has changed since this run began; start the run again")
-    return os.pread(file.descriptor, size, offset)
+    try:
+        file = open_file(path, stamp)
+        if stamp not in (None, file_stamp(file.descriptor)):
+            raise InputError(f"{path} has changed since this run began; start the run again")
+        return os.pread(file.descriptor, size, offset)
+    except OSError as error:
+        raise unreadable(path, error) from None
 
 
 def open_index(path, layout):
@@ -671,7 +663,7 @@ def open_index(path, layout):
     if is_shard and layout not in SHARD_TASKS:
         raise InputError(f"{path}: tar shards are for data.pretrain_files alone; give a JSON list")
     if not is_shard:
-        open_file(path, stamp)  # now, before another can take its place
+        read_bytes(path, stamp, 0, 1)  # opened now, before another can take its place
     key = repr((INDEX_VERSION, os.path.abspath(path), stamp, FORMATS[layout]))
     folder = os.path.join(INDEX_FOLDER, digest_of(key.encode()).hexdigest())
     kept = is_shard or stamp[0] >= INDEX_KEPT_FROM
@@ -708,33 +700,28 @@ def index_json(path, stamp, required):
     stamp: file_stamp; required: as in FORMATS. InputError names file and record or line.
     """
     offsets, end, digest = array("q"), 0, digest_of()
-    for begin, end, row in scan_list(path, read_chunks(path, digest)):
+    for begin, end, row in scan_list(path, read_chunks(path, stamp, digest)):
         if _record_problem(row, required):
-            with open(path, "rb") as file:  # once more, for its texts as UTF-8
-                file.seek(begin)
-                problem = _record_problem(json.loads(file.read(end - begin)), required)
-            raise InputError(f"{path}: record {len(offsets)} (from 0): {problem}")
+            text = read_bytes(path, stamp, begin, end - begin)  # once more, for its texts as UTF-8
+            raise InputError(f"{path}: record {len(offsets)} (from 0): {_record_problem(json.loads(text), required)}")
         offsets.append(begin)
     offsets.append(end)
     return Index(path, stamp, np.frombuffer(offsets, np.int64), digest.hexdigest())
 
 
-def read_chunks(path, digest):
+def read_chunks(path, stamp, digest):
     """Yield the text of a UTF-8 file, CHUNK_BYTES at a time, as a character for each byte; feeds the digest."""
-    utf8 = codecs.getincrementaldecoder("utf-8")()
+    utf8, position = codecs.getincrementaldecoder("utf-8")(), 0
     try:
-        with open(path, "rb") as file:
-            try:
-                while chunk := file.read(CHUNK_BYTES):
-                    utf8.decode(chunk)
-                    digest.update(chunk)
-                    yield chunk.decode("latin-1")
-                utf8.decode(b"", final=True)
-            except UnicodeDecodeError as error:
-                place = file.tell() - len(error.object) + error.start
-                raise InputError(f"{path}: not JSON (no UTF-8 at byte {place})") from None
-    except OSError as error:
-        raise unreadable(path, error) from None
+        while chunk := read_bytes(path, stamp, position, CHUNK_BYTES):
+            position += len(chunk)
+            utf8.decode(chunk)
+            digest.update(chunk)
+            yield chunk.decode("latin-1")
+        utf8.decode(b"", final=True)
+    except UnicodeDecodeError as error:
+        place = position - len(error.object) + error.start
+        raise InputError(f"{path}: not JSON (no UTF-8 at byte {place})") from None
 
 
 def scan_list(path, chunks):
@@ -845,8 +832,7 @@ def read_caption(file, name, places):
 def read_json(path):
     """The value a JSON file holds; InputError where it cannot be read."""
     try:
-        with open(path, encoding="utf-8-sig") as file:
-            return json.load(file)
+        return json.loads(pathlib.Path(path).read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise unreadable(path, error) from None
     except (ValueError, RecursionError) as error:  # ValueError: malformed JSON, or no UTF-8
@@ -1005,8 +991,8 @@ def turn_size(image, size):
 def decode_image(image, least_size=None):
     """Decode an opened image as 8-bit RGB, upright (EXIF) [ours; ALBEF as stored], its first frame where it has several.
 
-    16 bits are scaled to 8 [ours; ALBEF clips], CMYK and palettes converted [ALBEF], floats refused [ours]. Transparency is
-    dropped, not laid over a background: the colour below it shows, often black or white [ALBEF].
+    16 bits are scaled to 8 [ours; ALBEF clips], CMYK and palettes converted [ALBEF], floats, and 32 bits of a TIFF, refused
+    [ours]. Transparency is dropped, not laid over a background: the colour below shows, often black or white [ALBEF].
     least_size: None, or a width and height that suffice: a JPEG is decoded at 1/2, 1/4 or 1/8 where that has as many.
     """
     if least_size:
@@ -1015,8 +1001,8 @@ def decode_image(image, least_size=None):
     for name in ("exif", "Raw profile type exif"):
         image.info.pop(name, None)
     ImageOps.exif_transpose(image, in_place=True)
-    if image.mode == "F":
-        raise ValueError("its pixels are floats, of which nothing says what is white; save it with 8 or 16 bits")
+    if image.mode == "F" or image.mode == "I" and image.format == "TIFF":
+        raise ValueError("its pixels are floats, or of 32 bits: nothing says what is white; save it with 8 or 16 bits")
     if image.mode.startswith("I"):  # 16 bits a pixel, which convert would clip at 255
         image = Image.fromarray(np.clip(np.asarray(image) // 257, 0, 255).astype(np.uint8))
     image.info.pop("transparency", None)  # of a palette convert would warn
@@ -1064,18 +1050,15 @@ def whole_folder(folder):
     A kill leaves what is unfinished, .NAME-... beside it."""
     folder = pathlib.Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = pathlib.Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent, ignore_cleanup_errors=True) as partial:
         with writing(folder):
-            yield partial
-        partial.chmod(0o755)
+            yield pathlib.Path(partial)
+        os.chmod(partial, 0o755)
         try:
             os.rename(partial, folder)
         except OSError:
             if not folder.exists():  # else another process was faster, with the same content
                 raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def hash63(*parts):
@@ -1324,9 +1307,9 @@ def load_answers(path):
     if not isinstance(answers, list) or not answers or not all(isinstance(answer, str) for answer in answers):
         raise InputError(f"{path}: wanted a JSON list of one or more strings, got {short(answers)}")
     answers = list(map(valid_text, answers))
-    if len(set(answers)) < len(answers):
-        twice = next(answer for answer in answers if answers.count(answer) > 1)
-        raise InputError(f"{path}: answer {twice!r} is there twice; each must be ranked once")
+    answer, count = collections.Counter(answers).most_common(1)[0]
+    if count > 1:
+        raise InputError(f"{path}: answer {answer!r} is there twice; each must be ranked once")
     return answers
 
 
@@ -1351,10 +1334,9 @@ def read_refs(path):
     No code of the file is run. [ours; ALBEF unpickles whatever it says]
     """
     try:
-        with open(path, "rb") as file:
-            if os.fstat(file.fileno()).st_size > MAX_REFS_BYTES:
-                raise ValueError(f"over {MAX_REFS_BYTES:,} bytes")
-            refs = PlainUnpickler(io.BytesIO(file.read()), encoding="latin1").load()
+        if os.path.getsize(path) > MAX_REFS_BYTES:
+            raise ValueError(f"over {MAX_REFS_BYTES:,} bytes")
+        refs = PlainUnpickler(io.BytesIO(pathlib.Path(path).read_bytes()), encoding="latin1").load()
     except Exception as error:  # a broken pickle raises nearly every kind
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise InputError(f"{path}: no pickle of RefCOCO's references ({reason})") from None
@@ -1478,14 +1460,6 @@ def check(config, task):
         print(f"data.tokenizer: {error}")
         tokenizer, found = None, False
 
-    def too_many(bad, seen, count):
-        """Whether bad of the seen records, a sample of count, would stop the training: says so, and that all is not well."""
-        nonlocal found
-        share = config.max_bad_image_share
-        if training and bad * count / max(seen, 1) > max(share * count, 10 if share else 0):
-            print(f"  that is more than max_bad_image_share ({share}) of the records: it would stop the training")
-            found = False
-
     image_of = {}  # of each image_id that retrieval is trained on: the first image
     places = [os.path.realpath(path) for entry in trained for path in matches(entry)]
     for path, count in collections.Counter(places).items():
@@ -1496,8 +1470,7 @@ def check(config, task):
         try:
             records = Records([path], layout)
             images, shared = {}, {}  # images: as keys; those in shards are there, since they are in the index
-            for index in range(min(len(records), MAX_CHECKED_IMAGES)):
-                record = records[index]
+            for index, record in enumerate(itertools.islice(records, MAX_CHECKED_IMAGES)):
                 with naming(path, index):
                     paths = image_paths(record, kind, files)
                 images |= dict.fromkeys(image for image in paths if not isinstance(image, ShardImage))
@@ -1516,10 +1489,10 @@ def check(config, task):
             continue
         total += len(records) * training
         missing = [image for image in images if not os.path.isfile(image) or not os.path.getsize(image)]
-        left_out = f"; {records.left_out} samples left out, without NAME.txt, or NAME.json with a caption"
-        left_out *= bool(records.left_out)
         state = f"{len(missing)} of {len(images)} images missing or empty" if images else "images in the shards"
-        print(f"{path}: {len(records)} records; {state}{left_out}")
+        if records.left_out:
+            state += f"; {records.left_out} samples left out, without NAME.txt, or NAME.json with a caption"
+        print(f"{path}: {len(records)} records; {state}")
         for image in missing[:5]:
             print(f"  missing or empty: {valid_text(image)}")
         found = found and not missing
@@ -1540,19 +1513,16 @@ def check(config, task):
             except BadImage as error:
                 unreadable.append(valid_text(str(error)))
         print(f"  of {len(opened)} images opened {len(unreadable)} cannot be read", *unreadable[:5], sep="\n    ")
-        if unreadable and not training:  # which takes others in their place, where evaluation needs every image
-            found = False
-        too_many(len(unreadable), len(opened), len(records))
+        found = found and (training or not unreadable)  # training takes others in their place, evaluation needs every image
         texts = [text for record in sample for text in texts_of(record, kind)][:MAX_CHECKED_TEXTS]
         max_words = MAX_QUESTION_WORDS if layout == "vqa_eval" else data.max_words
         lengths = [[len(clean_text(text, kind, sys.maxsize).split()) for text in texts_of(record, kind)] for record in sample]
         words = [length for record in lengths for length in record][:MAX_CHECKED_TEXTS]
-        cleaned = [clean_text(text, kind, max_words) for text in texts]
         tokens, empty = "", words.count(0) + lengths.count([])
         unusable = sum(record.count(0) / len(record) if record else 1 for record in lengths)  # one of its texts is drawn
         unanswered = [answers_of(record) is None for record in sample if kind == "vqa"]
         if tokenizer is not None and texts:
-            tokenized = softmask.tokenize(tokenizer, cleaned, max_tokens)
+            tokenized = softmask.tokenize(tokenizer, [clean_text(text, kind, max_words) for text in texts], max_tokens)
             pieces = tokenized["input_ids"][tokenized["word_ids"] >= 0]
             unknown = (pieces == tokenizer.unk_token_id).float().mean().item() if len(pieces) else 0.0
             tokens = f", {tokenized['truncated'] / len(texts):.1%} cut at {max_tokens} tokens; {unknown:.1%} of their word "
@@ -1567,7 +1537,12 @@ def check(config, task):
                   f"{len(sample)} records have none")
         elif kind == "vqa":
             print(f"  {sum(unanswered)} of {len(sample)} records have no answer")
-        too_many(unusable + sum(unanswered), len(sample), len(records))
+        bad = max(part * len(records) / max(seen, 1) for part, seen in (
+            (len(unreadable), len(opened)), (unusable + sum(unanswered), len(sample))))  # of all records, by the sample
+        share = config.max_bad_image_share
+        if training and bad > max(share * len(records), 10 if share else 0):
+            print(f"  what cannot be read or used is more than max_bad_image_share ({share}) of the records: it would stop training")
+            found = False
         if rows is not None:
             print(f"  {sum(not row['dets'] for row in rows)} of {len(rows)} texts have no proposals in {files.dets}")
     if found and total < settings.batch_size * settings.accumulation:
@@ -1695,7 +1670,7 @@ def draw_background(rng, level, objects):
         for _ in range(1 + (kind == "gradient")):
             grey = rng.randint(25, 80) if tone == "dark" else rng.randint(155, 205)
             colors.append([grey + rng.randint(-20, 20) for _ in "rgb"])
-        if all(np.hypot.reduce(np.subtract(color, other)) >= least
+        if all(math.dist(color, other) >= least
                for color in colors for others, least in ((tones, 110), (shades, 40)) for other in others):
             break
     background = {"kind": kind, "tone": tone, "colors": colors}
@@ -1780,14 +1755,12 @@ def relation(a, b):
     return None
 
 
-def stands(a, name, b, strict=True):
-    """Whether "a NAME b" is true; with strict off, whether anyone could call it true (centres only, by any amount)."""
+def stands(a, name, b):
+    """Whether anyone could call "a NAME b" true: centres only, by any amount. What relation says always stands."""
     if name == "next to":
         gap = max(max(a["box"][i], b["box"][i]) - min(a["box"][i] + a["box"][i + 2], b["box"][i] + b["box"][i + 2])
                   for i in (0, 1))
         return a is not b and gap <= min(a["pixels"], b["pixels"]) / 2
-    if strict:
-        return relation(a, b) == name
     axis, sign = {"left of": (0, -1), "right of": (0, 1), "above": (1, -1), "below": (1, 1)}[name]
     return sign * (a["center"][axis] - b["center"][axis]) > 0
 
@@ -1851,10 +1824,10 @@ def say(claim):
     return " ".join(words), starts
 
 
-def holds(claim, scene, strict=True):
-    """Whether some objects of the scene make the claim true; strict as in stands (off: to be sure that it is false)."""
+def holds(claim, scene):
+    """Whether some objects of the scene make the claim true, as loosely read as in stands: where not, it is surely false."""
     candidates = [[thing for thing in scene["objects"] if fits(words, thing)] for words in claim["words"]]
-    return any(all(stands(chosen[subject], name, chosen[other], strict)
+    return any(all(stands(chosen[subject], name, chosen[other])
                    for name, subject, others in claim["relations"] for other in others)
                for chosen in itertools.product(*candidates))
 
@@ -1911,7 +1884,7 @@ def make_foils(claim, scene, rng):
     """
     def false(foil):  # nor may "A R B which is S C" be true where C is what A, not B, stands to
         of_first = foil | {"relations": [(name, 0, others) for name, _, others in foil["relations"]]}
-        return not holds(foil, scene, strict=False) and not holds(of_first, scene, strict=False)
+        return not holds(foil, scene) and not holds(of_first, scene)
 
     foils = {}
     for kind, words in VALUES.items():
@@ -1955,8 +1928,8 @@ def draw_split(level, split, count, image_size, seed):
             # A caption can only be true of scenes that share the objects it names: look among these alone.
             keys = {(thing["size"], thing["color"], thing["shape"]) for thing in scene["objects"]}
             rivals = {number for key in keys for number in alike.get(key, ())}
-            if len(foils) == kinds and not any(holds(claims[0], drawn[number][0], strict=False) or
-                                               holds(drawn[number][1][0], scene, strict=False) for number in rivals):
+            if len(foils) == kinds and not any(holds(claims[0], drawn[number][0]) or holds(drawn[number][1][0], scene)
+                                               for number in rivals):
                 for key in keys:
                     alike.setdefault(key, []).append(index)
                 break
@@ -1990,7 +1963,7 @@ def refer(thing, scene, rng, words, related=False):
         return make_claim("the A", [thing], [words])
     for other in rng.sample(scene["objects"], len(scene["objects"])):
         name = relation(thing, other)
-        if name and not any(stands(rival, name, other, strict=False) for rival in alike):
+        if name and not any(stands(rival, name, other) for rival in alike):
             said = [words, short_words(other, scene, rng)]
             return make_claim("the A R the B", [thing, other], said, [(name, 0, (1,))])
     return None
@@ -2008,7 +1981,7 @@ def questions(kind, scene, values, rng):
     if kind == "relation":
         a, b = (objects[i] for i in rng.choice(related_pairs(objects)))
         words, name = [short_words(thing, scene, rng) for thing in (a, b)], relation(a, b)
-        false = rng.choice([other for other in OPPOSITE if not stands(a, other, b, strict=False)])
+        false = rng.choice([other for other in OPPOSITE if not stands(a, other, b)])
         return [(say(make_claim(template, (a, b), words, [(said, 0, (1,))]))[0], answer) for template, said, answer in (
             ("where is the A seen from the B", name, name.split()[0]),
             ("is the A R the B", name, "yes"), ("is the A R the B", false, "no"))]
@@ -2193,10 +2166,9 @@ def render_scenes(root, level, train, val, test, image_size, seed):
     Returns: the folder root/LEVEL-HASH, pathlib.Path, whole by its existence: it is renamed into place at the end, so
         processes may race.
     """
-    if level not in CHOICES["level"]:
-        raise InputError(f"level of the scenes is {level!r}; it must be one of {', '.join(CHOICES['level'])}")
-    if image_size < 32 or min(train, val, test) < 0:
-        raise InputError(f"scenes of {image_size} px, {train}, {val}, {test} of them: need 32 px and counts from 0")
+    if level not in CHOICES["level"] or image_size < 32 or min(train, val, test) < 0:
+        raise InputError(f"{level} scenes of {image_size} px, {train}, {val}, {test} of them: need one of "
+                         f"{', '.join(CHOICES['level'])}, 32 px and counts from 0")
     settings = json.dumps([SCENES_VERSION, level, train, val, test, image_size, seed])
     folder = pathlib.Path(root) / f"{level}-{hashlib.sha256(settings.encode()).hexdigest()[:12]}"
     if folder.exists():

@@ -1073,7 +1073,8 @@ def tokenize(tokenizer, texts: list[str], max_tokens: int, end: bool = False) ->
     [CLS], [SEP] and padding), L at most max_tokens (1 + end or more); truncated: how many of 1 or more texts are cut.
     """
     room = max(max_tokens - 1 - end, 0)
-    pieces = tokenizer([texts] if isinstance(texts, str) else list(texts), add_special_tokens=False)
+    texts = [unicodedata.normalize("NFC", text) for text in ([texts] if isinstance(texts, str) else texts)]
+    pieces = tokenizer(texts, add_special_tokens=False)
     ids = [[tokenizer.cls_token_id, *row[:room], *[tokenizer.sep_token_id] * end] for row in pieces["input_ids"]]
     input_ids = torch.full((len(ids), max(map(len, ids))), tokenizer.pad_token_id)
     word_ids, attention_mask = torch.full_like(input_ids, -1), torch.zeros_like(input_ids)
@@ -1107,8 +1108,7 @@ NOT_OURS = re.compile(r"position_ids$|cls\.predictions\.decoder\.|pooler\.|seq_r
 """What those checkpoints hold and we expect to leave: constants, tied copies, heads of other tasks, queues."""
 
 TASK_PARTS = ("temp", "itm_head", "ta_head", "encoders.cls_head", "encoders.decoder", "encoders.mlm_head",
-              "encoders.image_proj", "encoders.text_proj")
-"""What the model of one task has and that of another may lack."""
+              "encoders.image_proj", "encoders.text_proj")  # what one task's model has and another's may lack
 
 
 def task_part(key: str) -> str | None:

@@ -433,8 +433,14 @@ def test_index_stays_in_memory_where_it_cannot_be_kept(tmp_path, kept, capsys):
     shard = data.Records([write_shard(tmp_path / "0.tar", SAMPLES)], "pretrain")
     (rows,) = kept.glob("*/rows")
     rows.write_bytes(bytes(rows.stat().st_size))  # as after a power cut
-    with pytest.raises(data.InputError, match=f"{rows}: damaged; delete the folder"):
+    with pytest.raises(data.InputError, match=f"0.tar: its index is damaged; delete {kept}, which is made again"):
         shard[0]
+    path = write_json(tmp_path / "c.json", [{"image": "a.jpg", "caption": "x"}] * 9)
+    data.Records([path], "pretrain")
+    offsets = max(kept.glob("*/offsets.npy"), key=lambda file: file.stat().st_mtime_ns)
+    offsets.write_bytes(offsets.read_bytes()[:-40] + bytes(40))  # or in part
+    with pytest.raises(data.InputError, match="c.json: its index is damaged"):
+        data.Records([path], "pretrain")[8]
 
 
 def test_records_nested_nearly_too_deep_are_refused_when_read_too(tmp_path):
@@ -536,6 +542,9 @@ def test_a_sparse_member_is_no_sample(tmp_path, monkeypatch):
 def test_a_file_with_brackets_in_its_name_is_itself(tmp_path):
     path = write_json(tmp_path / "a[1].json", [])
     assert data.matches(path) == [path] == data.matches(str(tmp_path / "a[[]1].json"))
+    (tmp_path / "b" / "c").mkdir(parents=True)
+    nested = [path, write_json(tmp_path / "b" / "c" / "d.json", []), write_json(tmp_path / "b" / "e.json", [])]
+    assert data.matches(str(tmp_path / "**" / "*.json")) == nested
 
 
 SAMPLES = {"000.jpg": RED, "000.txt": b"\xef\xbb\xbfa red dog\n", "000.json": b'{"caption": "not this one"}',
@@ -623,6 +632,11 @@ def test_an_interrupted_indexing_goes_on_with_the_next_shard(tmp_path, kept, mon
 
 
 def test_unreadable_annotation_files(tmp_path):
+    pipe, end = os.pipe()
+    os.close(end)
+    with pytest.raises(data.InputError, match=f"/dev/fd/{pipe}: cannot be read .Illegal seek"):  # as of <(zcat a.json.gz)
+        data.Records([f"/dev/fd/{pipe}"], "pretrain")
+    os.close(pipe)
     with pytest.raises(data.InputError, match="none.json: cannot be read"):
         data.Records([str(tmp_path / "none.json")], "pretrain")
     (tmp_path / "latin.json").write_bytes('["é"]'.encode("latin-1"))
@@ -681,8 +695,10 @@ def test_read_image_converts_every_mode_to_upright_rgb(tmp_path):
     Image.fromarray(ramp.astype(np.int32) * 257).save(tmp_path / "deep.pgm")  # mode I
     assert (np.array(data.read_image(tmp_path / "deep.pgm")) == ramp[..., None]).all()
     Image.fromarray(ramp.astype(np.float32)).save(tmp_path / "float.tif")
-    with pytest.raises(data.BadImage, match="float.tif: its pixels are floats"):
-        data.read_image(tmp_path / "float.tif")
+    Image.fromarray(ramp.astype(np.int32)).save(tmp_path / "long.tif")  # which scaling would make black
+    for name in ("float.tif", "long.tif"):
+        with pytest.raises(data.BadImage, match=f"{name}: its pixels are floats, or of 32 bits"):
+            data.read_image(tmp_path / name)
     red = Image.new("RGB", (8, 4), (250, 10, 20))
     red.convert("CMYK").save(tmp_path / "cmyk.jpg")
     red.convert("P").save(tmp_path / "palette.png")
