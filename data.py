@@ -1417,9 +1417,12 @@ class ImageDataset(Dataset):
         return len(self.paths)
 
     def __getitem__(self, index):
-        """Return (3, S, S) uint8."""
+        """Return (3, S, S) uint8; of a list of n paths (n, 3, S, S)."""
+        path = self.paths[index]
+        if isinstance(path, list):
+            return torch.stack(list(ImageDataset(path, self.image_size)))
         try:
-            image = read_image(self.paths[index])
+            image = read_image(path)
         except BadImage as error:
             raise InputError(f"{error}; evaluation needs every image: mend it, and the same command goes on") from None
         return TF.pil_to_tensor(softmask.square(image, self.image_size))

@@ -62,7 +62,7 @@ def world_size() -> int:
 
 
 def all_reduced(values):
-    """The sum over all processes of values, of which each has filled its own rows, the others being 0."""
+    """values, made their sum over all processes; where rows are dealt out, the rows of others are 0 before."""
     if world_size() > 1:
         dist.all_reduce(values)
     return values
@@ -154,13 +154,12 @@ def retrieval_metrics(sim_i2t, sim_t2i, image_of_text):
     return metrics | {"r_mean": (metrics["txt_r_mean"] + metrics["img_r_mean"]) / 2}
 
 
-def image_batches(paths, indices, config, device, multiple=1):
+def image_batches(paths, indices, config, device):
     """Yield (indices, images (b, 3, S, S) normalised, on device) of paths[i] for i in indices, in order.
 
-    b: eval.batch_size times multiple.
+    Where each of paths is a list of n, images are (b, n, 3, S, S).
     """
-    dataset = data.ImageDataset([paths[i] for i in indices], config.model.image_size)
-    size = config.eval.batch_size * multiple
+    dataset, size = data.ImageDataset([paths[i] for i in indices], config.model.image_size), config.eval.batch_size
     loader = torch.utils.data.DataLoader(dataset, size, num_workers=config.num_workers,
                                          worker_init_fn=data.outlive_signals)  # in the midst of a training
     for start, images in zip(range(0, len(indices), size), loader):
@@ -338,12 +337,7 @@ def foil_metrics(model, tokenize, rows, image_root, config):
                 scores.append(match_scores(model, fused))
         for row, above in zip(batch, (scores[0] > scores[1]).tolist()):
             right.setdefault(row["kind"], []).append(above)
-    metrics = {}
-    for kind, answers in sorted(right.items()):
-        share = np.mean(answers)
-        error = 100 * math.sqrt(max(share * (1 - share), 1e-12) / len(answers))
-        metrics[kind] = {"accuracy": 100 * float(share), "standard_error": error, "foils": len(answers)}
-    return metrics
+    return {kind: accuracy(answers) | {"foils": len(answers)} for kind, answers in sorted(right.items())}
 
 
 # Downstream tasks
@@ -452,6 +446,12 @@ def grounding_accuracy(rows, cams) -> dict[str, float]:
     return metrics
 
 
+def accuracy(right) -> dict[str, float]:
+    """Of right, a bool per item: the share of true ones and its standard error, in percent."""
+    share = float(np.mean(right))
+    return {"accuracy": 100 * share, "standard_error": 100 * math.sqrt(share * (1 - share) / len(right))}
+
+
 def classification_metrics(predictions, labels, names) -> dict[str, float]:
     """Accuracy of NLVR2 and entailment, in percent.
 
@@ -463,12 +463,7 @@ def classification_metrics(predictions, labels, names) -> dict[str, float]:
     if predictions.shape != labels.shape or not labels.size:
         raise ValueError(f"predictions {predictions.shape} and labels {labels.shape} are not of one size above 0")
     right, counts = predictions == labels, np.bincount(labels, minlength=len(names))
-    share = float(right.mean())
-    metrics = {
-        "accuracy": 100 * share,
-        "standard_error": 100 * math.sqrt(share * (1 - share) / len(labels)),
-        "majority": 100 * float(counts.max()) / len(labels),
-    }
+    metrics = accuracy(right) | {"majority": 100 * float(counts.max()) / len(labels)}
     for number, name in enumerate(names):
         if counts[number]:
             metrics[f"accuracy_{name}"] = 100 * float(right[labels == number].mean())
@@ -481,14 +476,10 @@ def task_batches(rows, tokenize, config, device):
     rows: dicts with text and image or, of NLVR2, images; image (B, 3, S, S) or (B, 2, 3, S, S), normalised, on device.
     """
     mine = list(range(rank(), len(rows), world_size()))
-    paths = [row.get("images", [row.get("image")]) for row in rows]
-    many = len(paths[0])
-    flat, wanted = [*itertools.chain(*paths)], [many * i + j for i in mine for j in range(many)]
+    paths = [row.get("images") or row["image"] for row in rows]
     with autocast(config, device):
-        for numbers, image in image_batches(flat, wanted, config, device, many):
-            indices = [number // many for number in numbers[::many]]
-            text = to_device(tokenize([rows[i]["text"] for i in indices]), device)
-            yield indices, image if many == 1 else image.unflatten(0, (-1, many)), text
+        for indices, image in image_batches(paths, mine, config, device):
+            yield indices, image, to_device(tokenize([rows[i]["text"] for i in indices]), device)
 
 
 @torch.no_grad()
@@ -719,8 +710,8 @@ def format_metrics(metrics: dict) -> str:
     if "reranked" in metrics:
         names = ("txt_r1", "txt_r5", "txt_r10", "img_r1", "img_r5", "img_r10")
         lines.append(f"{'retrieval, %':26}" + "".join(f"{name:>9}" for name in names) + f"{'mean R@1':>10}")
-        for title, kinds in (("by ITC", ("zero_shot", "itc")), ("re-ranked by ITM", ("reranked",))):
-            values = next(metrics[kind] for kind in kinds if kind in metrics)
+        by_itc = metrics.get("zero_shot") or metrics["itc"]
+        for title, values in (("by ITC", by_itc), ("re-ranked by ITM", metrics["reranked"])):
             mean = (values["txt_r1"] + values["img_r1"]) / 2
             lines.append(f"  {title:24}" + "".join(f"{values[name]:9.1f}" for name in names) + f"{mean:10.1f}")
     if "pointing" in metrics:
@@ -739,7 +730,7 @@ def format_metrics(metrics: dict) -> str:
     plain = {name: value for name, value in metrics.items() if isinstance(value, (int, float))}
     lines += [f"{name:26}{value:9.1f}" if isinstance(value, float) else f"{name:26}{value:9}" for name, value in plain.items()]
     for name in ("val", "test"):
-        if isinstance(metrics.get(name), dict) and metrics[name]:
+        if metrics.get(name):
             lines += [f"{name}:", *("  " + line for line in format_metrics(metrics[name]).splitlines())]
     return "\n".join(lines)
 
@@ -772,10 +763,8 @@ def draw_masks(api, pairs, path, side=192, title=""):
         for word, cam in zip(words, cams.cpu()):
             mask = softmask.soft_mask(cam.view(1, 1, -1), torch.ones(1, 1, dtype=torch.bool)).view(cam.shape)
             overlay = Image.fromarray((mask.numpy() * 255).astype(np.uint8)).resize((side, side), Image.Resampling.BICUBIC)
-            value = np.asarray(overlay, dtype=np.float32) / 255
-            grey = np.asarray(image.convert("L"), dtype=np.float32)[..., None].repeat(3, -1)
-            mixed = 0.45 * grey + 0.55 * heat(value).astype(np.float32)
-            cells.append((Image.fromarray(mixed.astype(np.uint8)), word))
+            glow = Image.fromarray(heat(np.asarray(overlay) / 255))
+            cells.append((Image.blend(image.convert("L").convert("RGB"), glow, 0.55), word))
         rows.append((title + text, cells))
     caption_height, label_height, gap = 20, 20, 4
     width = max(len(cells) for _, cells in rows) * (side + gap) + gap
@@ -904,11 +893,6 @@ def headline(metrics: dict) -> dict[str, float]:
     return found | {name: value for name, value in metrics.items() if isinstance(value, float) and not aside.search(name)}
 
 
-def own_settings(settings: dict, task: str) -> dict:
-    """settings without those that are named after other tasks."""
-    return {name: part for name, part in settings.items() if name == task or name not in data.TASKS}
-
-
 def file_of_run(folder, name) -> str:
     """The path of what train.py has written in folder under that name; InputError where it is not there."""
     path = os.path.join(folder, name)
@@ -924,7 +908,8 @@ def read_run(file) -> dict:
         raise data.InputError(f"{file} was not written by train.py: it lacks task, seed, step, settings or metrics")
     if not isinstance(run["settings"], dict):
         raise data.InputError(f"{file} is no metrics.json of this version: its settings are {data.short(run['settings'])}")
-    settings = flatten(own_settings(run["settings"], run["task"]))
+    others = set(data.TASKS) - {run["task"]}
+    settings = flatten({name: part for name, part in run["settings"].items() if name not in others})
     if isinstance(start := settings.get(f"{run['task']}.start"), str):
         settings[f"{run['task']}.start"] = re.sub(rf"(seed|[-_]){run['seed']}(?=/|$)", r"\1SEED", start)
     return run | {"settings": settings}
@@ -1051,10 +1036,10 @@ def platform_of(config) -> dict:
     }
 
 
-def differences(before: dict, now: dict) -> list[str]:
-    """What differs between two dicts, as "key: before recorded, now here"."""
+def differences(before: dict, now: dict, words=("recorded", "here")) -> list[str]:
+    """What differs between two dicts, as "key: VALUE recorded, VALUE here", or in other words."""
     keys = [key for key in before | now if before.get(key) != now.get(key)]
-    return [f"{key}: {before.get(key)} recorded, {now.get(key)} here" for key in keys]
+    return [f"{key}: {before.get(key)} {words[0]}, {now.get(key)} {words[1]}" for key in keys]
 
 
 def computed(run) -> dict:
@@ -1196,10 +1181,10 @@ def main(arguments):
         rest = [word for word in options.words if "=" not in word or os.path.isdir(word)]
         rest.remove(task)
         unread = [word for word in overrides if not os.path.isdir(word)]
-        unread += [f"--{name}" for name in ("scale", "checkpoint", "image", "text", "split", "out")
-                   if getattr(options, name) is not None]
-        if unread or options.record and task != "check":
-            raise data.InputError(f"{task} takes folders of runs, not {', '.join(unread or ['--record'])}")
+        unread += [f"--{name}" for name, value in vars(options).items()
+                   if name != "words" and value and (name, task) != ("record", "check")]
+        if unread:
+            raise data.InputError(f"{task} takes folders of runs, not {', '.join(unread)}")
     if task == "table":
         print("\n\n".join(f"{name}\n\n{tabulate(runs)}" for name, runs in read_runs(rest or ["out"]).items()))
         return 0
@@ -1251,8 +1236,9 @@ def main(arguments):
         if not pairs:
             raise data.InputError("masks: eval.pictures is 0, so nothing is to be drawn; give how many")
         max_tokens = checkpoint["config"][checkpoint["task"]]["max_tokens"]
-        draw_masks(softmask.Pretrained(model, tokenizer, max_tokens, config.data.max_words), pairs, target)
-        print(target)
+        if rank() == 0:
+            draw_masks(softmask.Pretrained(model, tokenizer, max_tokens, config.data.max_words), pairs, target)
+            print(target)
         return
     split, other = ("val", "test") if options.split == "val" else ("test", "val")
     if lack := lacking(task, config, split):
@@ -1269,7 +1255,7 @@ def main(arguments):
         print(format_metrics(metrics))
 
 
-# as torch, CUDA and, without telling it from its other reasons, oneDNN say it
+# how torch and CUDA say it; what oneDNN says has other causes, too
 OUT_OF_MEMORY = ("out of (shared )?memory|allocate (shared )?memory|alloc_failed|bad_alloc|could not create a primitive"
                  r"|DataLoader worker .* killed by signal: (Bus error|Killed)")
 

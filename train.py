@@ -42,13 +42,13 @@ import argparse
 import contextlib
 import dataclasses
 import fcntl
-import fnmatch
 import functools
 import itertools
 import json
 import math
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -70,16 +70,15 @@ import eval as evaluation
 import softmask
 
 # Settings that do not change what a run computes: a run may go on under other values of them.
-FREE_SETTINGS = {"num_workers", "device", "compile", "checkpointing", "log_every_steps", "checkpoint_every_steps",
-                 "eval_every_steps", "max_bad_image_share", "max_skipped_steps", "eval.batch_size", "eval.pictures", "scale",
-                 "data.grounding_boxes", "data.foils", "data.tokenizer"}  # its entries are compared
+FREE_SETTINGS = evaluation.CHANGES_NO_FIGURE - {"seed"} | {
+    "compile", "checkpointing", "eval.batch_size", "scale", "data.grounding_boxes", "data.foils",
+    "data.tokenizer"}  # its entries are compared
 # Likewise, wherever they stand: accumulation is as good as processes, pairs a step are checked; test is read after the
 # training; annotation files are compared by content, and they and the images may have moved.
 FREE_KEYS = {"accumulation", "test", "train", "pretrain_files", "nlvr2_pretrain_files", "image_root", "vg_image_root",
              "pretrain_image_root"}
-# Settings of data, eval and method that no task has in its name, but that the training of these tasks alone, or their choice
-# of the best epoch, reads.
-READERS = {
+# Parts of a setting's name that the training of these tasks alone, or their choice of the best epoch, reads.
+READERS = {task: (task,) for task in data.TASKS} | {
     "retrieval_sets": ("retrieval",), "top_k": ("retrieval",), "answers_top_k": ("vqa",),
     "queue_size": ("pretrain", "retrieval", "grounding"), "attention_layer": ("pretrain", "grounding"),
 } | dict.fromkeys(("soft_mask", "soft_mask_negatives", "focal_gamma", "mask_text_for", "mlm_probability",
@@ -392,16 +391,16 @@ class Run:
         self.global_batch = task.batch_size * task.accumulation * evaluation.world_size()
         self.vocab = softmask.vocabulary(tokenizer)
         ordinary = sorted(set(range(len(self.vocab))) - set(tokenizer.all_special_ids))
-        device = evaluation.resolve_device(config)
-        self.special = tokenizer.mask_token_id, torch.tensor(ordinary, device=device)
+        self.device = evaluation.resolve_device(config)
+        self.special = tokenizer.mask_token_id, torch.tensor(ordinary, device=self.device)
         self.saved = None  # step of the last checkpoint
         self.skipped_steps = 0
         self.bad_images, self.seen = 0, 0  # over all processes, up to the last call of collect
-        self.counts = torch.zeros(2, dtype=torch.float64)  # the same of this process, since then
+        self.counts = torch.zeros(2, dtype=torch.float64)  # the same two, of this process, since then
         self.sums = {}  # name: (sum, how many), since the last line of the log
         self.started = time.perf_counter()
         self.interval = self.started, 0  # when it began, and what was seen until then
-        self.bar = None
+        self.bar = None  # tqdm's, while it trains
 
     def resume(self, model, optimizer):
         """Go on from the folder's checkpoint: weights, twin, queues, optimizer, step. Returns whether there is one.
@@ -424,8 +423,7 @@ class Run:
         elif any(os.path.exists(path) for path in (self.best_file, os.path.join(self.out, "metrics.json"))):
             raise data.InputError(f"{self.out} holds a run without its checkpoint.pt; give --out another folder, or --fresh "
                                   "to start over")
-        device = evaluation.resolve_device(self.config)
-        steps = softmask.gather(torch.tensor([self.step], device=device)).tolist()
+        steps = softmask.gather(torch.tensor([self.step], device=self.device)).tolist()
         if len(set(steps)) > 1:
             raise data.InputError(
                 f"the processes find checkpoints of steps {steps} in {self.out}; give --out a folder that all "
@@ -447,20 +445,12 @@ class Run:
 
     def load(self, model, optimizer, checkpoint):
         """Take over a checkpoint of this run; InputError where it was made under other settings."""
-        def own(settings):  # neither what other tasks are set to, nor what they alone read
-            parts = {key: evaluation.own_settings(settings[key], self.task_name) for key in ("data", "eval", "method")}
-            for key, part in parts.items():
-                parts[key] = {name: part[name] for name in part if self.task_name in READERS.get(name, data.TASKS)}
-            if "retrieval_sets" in parts["data"]:
-                chosen = settings["data"]["retrieval"]
-                parts["data"]["retrieval_sets"] = {chosen: settings["data"]["retrieval_sets"][chosen]}
-            return evaluation.own_settings(settings | parts, self.task_name)
-        changed = changed_settings(own(checkpoint["config"]), own(self.settings))
-        if checkpoint["task"] != self.task_name:
-            changed.append(f"task: {checkpoint['task']} then, {self.task_name} now")
-        for name, key in (("pairs a step", "global_batch"), ("steps, from the number of records", "total_steps")):
-            if checkpoint.get(key) != getattr(self, key):
-                changed.append(f"{name}: {checkpoint.get(key)} then, {getattr(self, key)} now")
+        then, now = (training_settings(settings, self.task_name) for settings in (checkpoint["config"], self.settings))
+        then |= {"task": checkpoint["task"], "pairs a step": checkpoint.get("global_batch"),
+                 "steps, from the number of records": checkpoint.get("total_steps")}
+        now |= {"task": self.task_name, "pairs a step": self.global_batch,
+                "steps, from the number of records": self.total_steps}
+        changed = evaluation.differences(then, now, ("then", "now"))
         if checkpoint.get("digest") != self.digest:
             changed.append("content of the annotation files")
         if checkpoint["vocab"] != self.vocab:
@@ -484,7 +474,8 @@ class Run:
             dist.barrier()  # a process may still read them
         if evaluation.rank() == 0:
             names = ["checkpoint.pt", "best.pt", "log.jsonl", "metrics.json", "answers_val.json", "answers_test.json"]
-            names += fnmatch.filter(os.listdir(self.out), "masks*.png")
+            pictures = re.compile(r"(masks(_\d+|_val|_over_training)?|curve)\.png")  # of a run, none of the user's
+            names += filter(pictures.fullmatch, os.listdir(self.out))
             for name in [*names, ".fresh"]:
                 with contextlib.suppress(FileNotFoundError):
                     os.remove(os.path.join(self.out, name))
@@ -516,9 +507,7 @@ class Run:
         that are not; more than max_skipped_steps stop the run."""
         names = [name for name in values[0] if name != "loss"]
         sums = torch.stack([sum(part[name] for part in values) for name in names])
-        infinite = (~sums.isfinite()).float()
-        if evaluation.world_size() > 1:
-            dist.all_reduce(infinite)
+        infinite = evaluation.all_reduced((~sums.isfinite()).float())
         what = ", ".join(name for name, flag in zip(names, infinite.tolist()) if flag) or "gradient"
         what = f"step {self.step + 1}: {what} not finite"
         if self.skipped_steps >= self.config.max_skipped_steps:
@@ -533,18 +522,15 @@ class Run:
         return "there is no checkpoint yet" if self.saved is None else found
 
     def step_done(self, values, model, optimizer):
-        """After an optimizer step: log every log_every_steps, save every checkpoint_every_steps, after each epoch, which is
-        then evaluated, and where a signal asks the run to stop."""
+        """After an optimizer step, whose alpha and lr are values: log every log_every_steps; save every checkpoint_every_steps,
+        after each epoch, which is then evaluated, and where a signal asks the run to stop."""
         self.step += 1
         self.add(values)
-        if self.bar is None and evaluation.rank() == 0:
-            self.bar = tqdm(total=self.total_steps, initial=self.step - 1, unit="step", smoothing=0.1, mininterval=1.0)
-        if self.bar is not None:
-            self.bar.update()
+        self.bar.update()
         last = self.step == self.total_steps
         if self.step % self.config.log_every_steps == 0 or last:
             self.log(model, last)
-        stop = signals.agree(evaluation.resolve_device(self.config))
+        stop = signals.agree(self.device)
         epoch_ends = self.step % self.steps_per_epoch == 0
         if stop or epoch_ends or self.step % self.config.checkpoint_every_steps == 0:
             self.save(model, optimizer)
@@ -576,19 +562,11 @@ class Run:
                 self.save(model, None)
             self.save(model, optimizer)
 
-    def close(self):
-        """End the line of the progress bar."""
-        if self.bar is not None:
-            self.bar.close()
-
     def collect(self):
         """Add up counts and sums over all processes, the sums in process 0 alone: so a checkpoint can hold them."""
         values = [float(part) for pair in self.sums.values() for part in pair]
-        values = torch.tensor(values + self.counts.tolist(), dtype=torch.float64)
-        if evaluation.world_size() > 1:
-            values = values.to(evaluation.resolve_device(self.config))
-            dist.all_reduce(values)
-        *values, bad, seen = values.tolist()
+        values = torch.tensor(values + self.counts.tolist(), dtype=torch.float64, device=self.device)
+        *values, bad, seen = evaluation.all_reduced(values).tolist()
         self.bad_images, self.seen = self.bad_images + int(bad), self.seen + int(seen)
         self.counts.zero_()
         pairs = zip(values[::2], values[1::2]) if evaluation.rank() == 0 else itertools.repeat((0.0, 0))
@@ -597,26 +575,24 @@ class Run:
     def log(self, model, last):
         """Write a line of log.jsonl, with the figures of watch where they are due."""
         self.collect()
-        now, (started, seen) = time.perf_counter(), self.interval
-        line = {"step": self.step, "epoch": self.step / self.steps_per_epoch}
-        if evaluation.rank() == 0:
-            line |= {name: float(f"{total / number:.6g}") for name, (total, number) in self.sums.items()}
-        line |= {"bad_images": self.bad_images, "skipped_steps": self.skipped_steps, "pairs": self.seen}
-        line |= {"pairs_per_second": round((self.seen - seen) / (now - started), 1)}
-        line |= {"seconds": round(now - self.started, 1)}
+        now, (started, seen), watched = time.perf_counter(), self.interval, {}
         if self.watch and (last or self.step % self.config.eval_every_steps == 0):
-            line |= self.watch(model, self.step)
+            watched = self.watch(model, self.step)
             model.train()
-        self.sums, self.interval = {}, (time.perf_counter(), self.seen)
         if evaluation.rank() == 0:
+            means = {name: float(f"{total / number:.6g}") for name, (total, number) in self.sums.items()}
+            line = {"step": self.step, "epoch": self.step / self.steps_per_epoch, **means, "bad_images": self.bad_images,
+                    "skipped_steps": self.skipped_steps, "pairs": self.seen,
+                    "pairs_per_second": round((self.seen - seen) / (now - started), 1),
+                    "seconds": round(now - self.started, 1), **watched}
             path = os.path.join(self.out, "log.jsonl")
             with data.writing(path), open(path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
             shown = {name.removeprefix("loss_"): value for name, value in line.items()
                      if name.startswith("loss_") or name in ("itm_accuracy", "accuracy", "temp")}
             text = " ".join(f"{name} {value:.3f}" for name, value in shown.items())
-            text += f" {line['pairs_per_second']:.0f} pairs/s"
-            self.bar.set_postfix_str(text)
+            self.bar.set_postfix_str(f"{text} {line['pairs_per_second']:.0f} pairs/s")
+        self.sums, self.interval = {}, (time.perf_counter(), self.seen)
 
     def save(self, model, optimizer):
         """Write the checkpoint, whole or not at all; without an optimizer as best.pt."""
@@ -654,19 +630,15 @@ class Run:
             self.saved = self.step
 
 
-def changed_settings(old: dict, new: dict, prefix: str = "") -> list[str]:
-    """Settings that differ between two configs and change what the run computes, as "key: old then, new now"."""
-    changed = []
-    for key in sorted(old.keys() | new.keys()):
-        name = prefix + key
-        if name in FREE_SETTINGS or key in FREE_KEYS:
-            continue
-        before, after = old.get(key), new.get(key)
-        if isinstance(before, dict) and isinstance(after, dict):
-            changed += changed_settings(before, after, name + ".")
-        elif before != after:
-            changed.append(f"{name}: {before} then, {after} now")
-    return changed
+def training_settings(settings: dict, task: str) -> dict:
+    """The settings, flat, that decide what the training of a task computes."""
+    chosen = settings["data"]["retrieval"]
+    files = settings["data"] | {"retrieval_sets": {chosen: settings["data"]["retrieval_sets"][chosen]}}
+    return {
+        name: value for name, value in evaluation.flatten(settings | {"data": files}).items()
+        if name not in FREE_SETTINGS and name.rpartition(".")[2] not in FREE_KEYS
+        and all(task in READERS.get(part, data.TASKS) for part in name.split("."))
+    }
 
 
 def git_commit() -> str | None:
@@ -734,7 +706,8 @@ def load_initial_weights(model, config, task_name, vocab):
             no_twin = key.startswith("encoders_m.") and not hasattr(model, "encoders_m")
             return "encoders_m" if no_twin else softmask.task_part(key) or key
 
-        say(f"starts from {path}" + "".join(
+        done, total = content.get("step"), content.get("total_steps")  # neither in ALBEF's
+        say(f"starts from {path}" + f", of step {done} of {total}" * (done != total) + "".join(
             f"; {what}: {', '.join(sorted({part(key) for key in keys}))}"
             for what, keys in (("fresh", fresh), ("left over", left)) if keys))
         return
@@ -814,7 +787,8 @@ def run_task(task_name, config, settings, out, fresh):
         pinned = device.type == "cuda"
         loader = data.make_loader(dataset, sampler, tokenizer, task.max_tokens, config.num_workers, pinned)
         signals.end_at_once(False)
-        with contextlib.closing(run):
+        with tqdm(total=run.total_steps, initial=run.step, unit="step", smoothing=0.1, mininterval=1.0,
+                  disable=evaluation.rank() > 0) as run.bar:
             train(model, optimizer, loader, config, task, run)
         signals.end_at_once(True)
         del loader
@@ -896,8 +870,8 @@ def main(arguments):
         settings = data.config_to_dict(options.config)
         step, metrics = run_task(options.task, config, settings, options.out, fresh)
         if evaluation.rank() == 0:
-            result = {"task": options.task, "scale": config.scale, "seed": config.seed, "step": step}
-            result |= {"settings": settings, "platform": evaluation.platform_of(config), "metrics": metrics}
+            result = {"task": options.task, "scale": config.scale, "seed": config.seed, "step": step,
+                      "settings": settings, "platform": evaluation.platform_of(config), "metrics": metrics}
             data.write_atomically(os.path.join(options.out, "metrics.json"), json.dumps(result, indent=1).encode())
             print(evaluation.format_metrics(metrics))
             print(f"all of it in {options.out}")

@@ -688,19 +688,20 @@ def test_fresh_deletes_nothing_where_the_new_run_cannot_begin(typo, whole, fails
 
 def test_fresh_starts_over_before_its_first_step(whole, before_step, tmp_path):
     shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
-    for name in ("best.pt", "answers_val.json", "answers_test.json", "masks_7.png", ".fresh"):
+    for name in ("best.pt", "answers_val.json", "answers_test.json", "masks_7.png", "curve.png", ".fresh"):
         (tmp_path / name).write_bytes(b"of the run before")
+    (tmp_path / "masks_photo.png").write_bytes(b"the user's own")
     seen = []
     before_step(1, lambda: seen.append(sorted(os.listdir(tmp_path))))
     start("--fresh", "--out", tmp_path, *SETTINGS)
-    assert seen == [[".lock"]]
+    assert seen == [[".lock", "masks_photo.png"]]
     assert_same_run(tmp_path, whole)
 
 
 def test_fresh_may_start_from_what_it_replaces(whole, tmp_path, capsys):
     shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
     start("--fresh", "--out", tmp_path, "--start", tmp_path / "checkpoint.pt", *SETTINGS, "pretrain.epochs=0")
-    assert f"starts from {tmp_path / 'checkpoint.pt'}" in capsys.readouterr().out
+    assert re.search(f"starts from {tmp_path / 'checkpoint.pt'}$", capsys.readouterr().out, re.MULTILINE)  # a whole run
     old, new = load(whole), load(tmp_path)
     assert new["step"] == 0 and torch.equal(old["model"]["itm_head.weight"], new["model"]["itm_head.weight"])
 

@@ -676,6 +676,8 @@ def test_signal_ends_the_step_and_the_run_goes_on_to_the_same_bits(number, proce
     result = command.wait(20)
     assert result.status in (128 + number, [128 + number] * 2), result.err
     step = load(out)["step"]
+    copy = run(tmp_path, "train.py", "--out", tmp_path / "copy", "--start", out, *arguments, "pretrain.epochs=0")
+    assert f"starts from {out / 'checkpoint.pt'}, of step {step} of 24" in copy.out
     place = f"at step {step} of 24; the same command{' without --fresh' if fresh else ''} goes on from there"
     assert stopped_lines(result) == [f"stopped by {signal.Signals(number).name} {place}"] and step < 24
     result = run(tmp_path, "train.py", "--out", out, *arguments, processes=processes)
@@ -872,11 +874,11 @@ def test_resumption_with_other_files_is_refused(tmp_path):
 def test_a_run_may_move_and_goes_on_under_settings_that_change_no_bit():
     moved = {"image_root": "a", "vg_image_root": "a", "train": ["a"], "test": "a", "val": "a"}
     settings = {"num_workers": 0, "device": "cpu", "compile": False, "seed": 1, "eval": {"batch_size": 1, "top_k": 1},
-                "data": {"vqa": moved, "pretrain_files": ["a"], "nlvr2_pretrain_files": None, "pretrain_image_root": "a"}}
-    def other(value):
-        return {key: other(part) for key, part in value.items()} if isinstance(value, dict) else "other"
-    changed = [line.split(":")[0] for line in train.changed_settings(settings, other(settings))]
-    assert changed == ["data.vqa.val", "eval.top_k", "seed"]
+                "data": {"vqa": moved, "pretrain_files": ["a"], "nlvr2_pretrain_files": None, "pretrain_image_root": "a",
+                         "retrieval": "a", "retrieval_sets": {"a": moved, "b": moved}}}
+    assert train.training_settings(settings, "vqa").keys() == {"data.vqa.val", "seed"}
+    assert train.training_settings(settings, "retrieval").keys() == {
+        "data.retrieval", "data.retrieval_sets.a.val", "eval.top_k", "seed"}
 
 
 def test_free_settings_may_change_and_processes_stand_in_for_accumulation(tmp_path):
