@@ -1515,7 +1515,7 @@ def check(config, task):
                 read_image(image)
             except BadImage as error:
                 unreadable.append(valid_text(str(error)))
-        print(f"  of {len(opened)} images opened {len(unreadable)} cannot be read", *unreadable[:5], sep="\n    ")
+        print(f"  of {len(opened)} images opened {len(unreadable)} cannot be read", *list(dict.fromkeys(unreadable))[:5], sep="\n    ")
         found = found and (training or not unreadable)  # training takes others in their place, evaluation needs every image
         texts = [text for record in sample for text in texts_of(record, kind)][:MAX_CHECKED_TEXTS]
         max_words = MAX_QUESTION_WORDS if layout == "vqa_eval" else data.max_words

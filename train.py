@@ -712,6 +712,9 @@ def load_initial_weights(model, config, task_name, vocab):
             for what, keys in (("fresh", fresh), ("left over", left)) if keys))
         return
     encoders, vision, text = model.encoders, config.model.vision_weights, config.model.text_weights
+    for name, file in (("vision_weights", vision), ("text_weights", text)):
+        if file is not None and not os.path.isfile(file):
+            raise data.InputError(f"model.{name}: {file} is missing")
     task = getattr(config, task_name)
     if vision is not None:
         with weights_of(vision) as (state, _):
@@ -873,7 +876,8 @@ def main(arguments):
             result = {"task": options.task, "scale": config.scale, "seed": config.seed, "step": step,
                       "settings": settings, "platform": evaluation.platform_of(config), "metrics": metrics}
             data.write_atomically(os.path.join(options.out, "metrics.json"), json.dumps(result, indent=1).encode())
-            print(evaluation.format_metrics(metrics))
+            if metrics:  # nlvr2_pretrain has none
+                print(evaluation.format_metrics(metrics))
             print(f"all of it in {options.out}")
     return 0
 

@@ -962,7 +962,7 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch, capsys):
     (["--start", "\U0001f600.pt"], "\U0001f600.pt: no such file"),
     (["--start", "config.yaml"], "config.yaml is no checkpoint that can be read safely"),
     (["model.vision_weights=config.yaml"], "config.yaml is no checkpoint that can be read safely"),
-    (["model.text_weights=none.safetensors"], "none.safetensors"),
+    (["model.text_weights=none.safetensors"], "model.text_weights: none.safetensors is missing"),
     (["--out", "config.yaml"], "config.yaml"),
 ])
 def test_bad_command_line_is_one_line(arguments, message, tmp_path):
