@@ -984,12 +984,12 @@ def augment_image(image, size: int, crop_min_area: float, flip: bool, randaugmen
     """Random resized crop, flip, and RandAugment: an RGB PIL image to size x size. [ALBEF] dataset/__init__.py
 
     crop_min_area: least share of the area kept (of long images less), 1: all, at ratios from 3/4 to 4/3; flip: mirror
-    it (the caller draws this, since the text needs flip_words too); randaugment_ops: how many are drawn, each applied
-    half the time; box: a crop as of crop_box, where it is drawn already. Copy with: uniform, crop_box, PHOTOMETRIC_OPS,
-    GEOMETRIC_OPS, RANDAUGMENT_OPS, randaugment_op.
+    it (drawn by the caller, for flip_words too); randaugment_ops: how many are drawn, each applied half the time; box:
+    a crop_box, if known. Copy with: uniform, crop_box, PHOTOMETRIC_OPS, GEOMETRIC_OPS, RANDAUGMENT_OPS, randaugment_op.
     """
     left, top, w, h = box or crop_box(*image.size, crop_min_area, generator)
-    image = TF.resized_crop(image, top, left, h, w, [size, size], InterpolationMode.BICUBIC)
+    pixels = TF.pil_to_tensor(TF.crop(image, top, left, h, w))  # resized sooner than a PIL image, to rounding [ours]
+    image = TF.to_pil_image(TF.resize(pixels, [size, size], InterpolationMode.BICUBIC))
     image = TF.horizontal_flip(image) if flip else image
     for _ in range(randaugment_ops):
         name = RANDAUGMENT_OPS[int(uniform(0, len(RANDAUGMENT_OPS), generator))]
