@@ -448,8 +448,7 @@ class Encoders(nn.Module):
 @torch.no_grad()
 def write_queue(queue, written, entries):
     """Write entries (n, ...) over the oldest of queue (K, ...), after `written` others [ALBEF], for any n [ours]."""
-    size = len(queue)
-    if size:
+    if size := len(queue):
         index = (written + torch.arange(len(entries), device=queue.device)) % size
         queue[index[-size:]] = entries[-size:].to(queue.dtype)  # of more than K entries the last K stay
 
@@ -988,8 +987,9 @@ def augment_image(image, size: int, crop_min_area: float, flip: bool, randaugmen
     a crop_box, if known. Copy with: uniform, crop_box, PHOTOMETRIC_OPS, GEOMETRIC_OPS, RANDAUGMENT_OPS, randaugment_op.
     """
     left, top, w, h = box or crop_box(*image.size, crop_min_area, generator)
-    pixels = TF.pil_to_tensor(TF.crop(image, top, left, h, w))  # resized sooner than a PIL image, to rounding [ours]
-    image = TF.to_pil_image(TF.resize(pixels, [size, size], InterpolationMode.BICUBIC))
+    crop, small = TF.crop(image, top, left, h, w), w * h < 2**23  # which a tensor resizes sooner, to rounding [ours]
+    crop = TF.resize(TF.pil_to_tensor(crop) if small else crop, [size, size], InterpolationMode.BICUBIC)
+    image = TF.to_pil_image(crop) if small else crop
     image = TF.horizontal_flip(image) if flip else image
     for _ in range(randaugment_ops):
         name = RANDAUGMENT_OPS[int(uniform(0, len(RANDAUGMENT_OPS), generator))]

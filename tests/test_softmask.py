@@ -1829,6 +1829,14 @@ def test_augment_image_resizes_as_pillow_but_for_rounding(size):
     assert abs(ours - pillow).max() <= 1 and (ours != pillow).mean() < 0.02
 
 
+def test_augment_image_makes_no_tensor_of_a_large_image(monkeypatch):  # as much memory again, and longer
+    made, real = [], softmask.TF.pil_to_tensor
+    monkeypatch.setattr(softmask.TF, "pil_to_tensor", lambda image: made.append(image.size) or real(image))
+    for side in (1000, 4000):
+        assert augment(Image.new("RGB", (side, side)), 0, 24, 1.0, False, 0).size == (24, 24)
+    assert made == [(1000, 1000)]
+
+
 def test_crops_lie_anywhere_at_ratios_even_in_their_logarithm():
     left, top, w, h = np.array([softmask.crop_box(80, 60, 0.2, seeded(i)) for i in range(2000)], dtype=float).T
     for place, room in ((left, 80 - w), (top, 60 - h)):
