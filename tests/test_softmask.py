@@ -1832,9 +1832,10 @@ def test_augment_image_resizes_as_pillow_but_for_rounding(size):
 def test_augment_image_makes_no_tensor_of_a_large_image(monkeypatch):  # as much memory again, and longer
     made, real = [], softmask.TF.pil_to_tensor
     monkeypatch.setattr(softmask.TF, "pil_to_tensor", lambda image: made.append(image.size) or real(image))
-    for side in (1000, 4000):
-        assert augment(Image.new("RGB", (side, side)), 0, 24, 1.0, False, 0).size == (24, 24)
-    assert made == [(1000, 1000)]
+    for image in (waves(1000, 800), large := waves(4000, 3000)):
+        result = augment(image, 0, 24, 1.0, False, 0)
+    assert made == [(1000, 800)]
+    assert result.tobytes() == large.resize((24, 24), Image.Resampling.BICUBIC).tobytes()
 
 
 def test_crops_lie_anywhere_at_ratios_even_in_their_logarithm():
