@@ -61,25 +61,40 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
 
 # Building blocks
+class Linear(nn.Linear):
+    """nn.Linear; a large product on a CPU is made as a 1 x 1 convolution: oneDNN's, sooner than BLAS on AMD. [ours]"""
+
+    least_rows = 1024 if torch.backends.mkldnn.is_available() else math.inf  # no oneDNN in PyTorch for a Mac
+
+    @staticmethod
+    def product(x, weight, bias=None):
+        rows = x[..., 0].numel()
+        if rows < Linear.least_rows or min(weight.shape) < 512 or x.device.type != "cpu" or x.dtype != torch.float32:
+            return F.linear(x, weight, bias)
+        pixels = x.reshape(1, rows, 1, -1).movedim(-1, 1)  # (..., D) -> (1, D, rows, 1), channels last
+        return F.conv2d(pixels, weight[:, :, None, None], bias).movedim(1, -1).reshape(*x.shape[:-1], -1)
+
+    def forward(self, x):
+        return self.product(x, self.weight, self.bias)
+
+
 class Attention(nn.Module):
-    """Multi-head attention [ALBEF]; keys and values are projected apart, once per image, for many texts [ours]."""
+    """Multi-head attention [ALBEF]; keys, values projected once an image, for many texts [ours]. Copy with: Linear."""
 
     def __init__(self, dim: int, num_heads: int, context_dim: int | None = None, dropout: float = 0.0):
         super().__init__()
         if dim % num_heads:
             raise ValueError(f"dim {dim} is not divisible by num_heads {num_heads}")
         self.num_heads, self.dropout = num_heads, dropout
-        self.query = nn.Linear(dim, dim)
-        self.key = nn.Linear(context_dim or dim, dim)
-        self.value = nn.Linear(context_dim or dim, dim)
-        self.out = nn.Linear(dim, dim)
+        self.query, self.key = Linear(dim, dim), Linear(context_dim or dim, dim)
+        self.value, self.out = Linear(context_dim or dim, dim), Linear(dim, dim)
 
     def split_heads(self, x):
         return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, L, D) -> (B, H, L, D / H)
 
     def project(self, x, *layers):
         """What each of layers makes of x (B, L, D): (B, H, L, D / H) each; under autocast hooks are skipped. [ours]"""
-        if not torch.is_autocast_enabled(x.device.type) or any(type(layer) is not nn.Linear for layer in layers):
+        if not torch.is_autocast_enabled(x.device.type) or any(type(layer) is not Linear for layer in layers):
             return [self.split_heads(layer(x)) for layer in layers]
         # autocast copies weights: side by side they are one product, a third of the launches a GPU waits for
         weight, bias = torch.cat([layer.weight for layer in layers]), torch.cat([layer.bias for layer in layers])
@@ -92,9 +107,8 @@ class Attention(nn.Module):
     def scale_keys_values(self, keys, values, scale):
         """Keys and values of scale * context, scale (B, M): 1 - m; no new projection: W(sx) + b = s(Wx) + b. [ours]"""
         scale = scale[:, None, :, None].to(keys.dtype)  # (B, M) -> (B, 1, M, 1)
-        def scaled(layer, part):  # bias + scale * (part - bias)
-            return torch.lerp(self.split_heads(layer.bias[None, None]).to(part.dtype), part, scale)
-        return scaled(self.key, keys), scaled(self.value, values)
+        biases = (self.split_heads(layer.bias[None, None]).to(keys.dtype) for layer in (self.key, self.value))
+        return [torch.lerp(bias, part, scale) for bias, part in zip(biases, (keys, values))]  # b + s(part - b)
 
     def forward(self, x, keys=None, values=None, mask=None, return_probs: bool = False):
         """Attend from x (B, L, D) to itself, or to given keys and values.
@@ -118,12 +132,12 @@ class Attention(nn.Module):
 
 
 class GeluLinear(torch.autograd.Function):
-    """F.linear(F.gelu(x), weight, bias) that keeps x alone; GELU's output is made again in backward. [ours]"""
+    """Linear of F.gelu(x) that keeps x alone; GELU's output is made again in backward. [ours] Copy with: Linear."""
 
     @staticmethod
     def forward(ctx, x, weight, bias):
         ctx.save_for_backward(x, weight)
-        return F.linear(F.gelu(x), weight, bias)
+        return Linear.product(F.gelu(x), weight, bias)
 
     @staticmethod
     def backward(ctx, grad):
@@ -135,28 +149,26 @@ class GeluLinear(torch.autograd.Function):
 
 
 class Mlp(nn.Module):
-    """Two linear layers, a GELU (erf) between. [ALBEF] Hooks of a plain fc2 are skipped. Copy with: GeluLinear."""
+    """Linear, GELU (erf), linear. [ALBEF] A plain fc2's hooks are skipped. Copy with: Linear, GeluLinear."""
 
     def __init__(self, dim: int, hidden_dim: int):
         super().__init__()
-        self.fc1, self.fc2 = nn.Linear(dim, hidden_dim), nn.Linear(hidden_dim, dim)
+        self.fc1, self.fc2 = Linear(dim, hidden_dim), Linear(hidden_dim, dim)
 
     def forward(self, x):
-        if type(self.fc2) is not nn.Linear:  # an adapter, a quantised layer
+        if type(self.fc2) is not Linear:  # an adapter, a quantised layer
             return self.fc2(F.gelu(self.fc1(x)))
         return GeluLinear.apply(self.fc1(x), self.fc2.weight, self.fc2.bias)
 
 
 # Image encoder
 class VisionBlock(nn.Module):
-    """Pre-norm transformer layer. [ALBEF] Copy with: Attention, GeluLinear, Mlp."""
+    """Pre-norm transformer layer. [ALBEF] Copy with: Linear, Attention, GeluLinear, Mlp."""
 
     def __init__(self, dim: int, num_heads: int):
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
-        self.attn = Attention(dim, num_heads)
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = Mlp(dim, 4 * dim)
+        self.norm1, self.attn = nn.LayerNorm(dim, eps=1e-6), Attention(dim, num_heads)
+        self.norm2, self.mlp = nn.LayerNorm(dim, eps=1e-6), Mlp(dim, 4 * dim)
 
     def forward(self, x):
         x = x + self.attn(self.norm1(x))[0]
@@ -166,7 +178,7 @@ class VisionBlock(nn.Module):
 class VisionTransformer(nn.Module):
     """ViT: image (B, 3, S, S), normalised, to token states (B, 1 + N, D), [CLS] first, patches row by row. [ALBEF]
 
-    Copy with: Attention, GeluLinear, Mlp, VisionBlock, sincos_pos_embed, init_weights.
+    Copy with: Linear, Attention, GeluLinear, Mlp, VisionBlock, sincos_pos_embed, init_weights.
     """
 
     def __init__(self, image_size: int, patch_size: int, width: int, num_layers: int, num_heads: int):
@@ -232,7 +244,7 @@ def text_init_std(width: int) -> float:
 
 # Text encoder, fusion encoder
 class TextLayer(nn.Module):
-    """Post-norm BERT layer, with image_dim cross-attention too. [ALBEF] Copy with: Attention, GeluLinear, Mlp."""
+    """Post-norm BERT layer, image_dim: cross-attention too. [ALBEF] Copy with: Linear, Attention, GeluLinear, Mlp."""
 
     def __init__(self, dim: int, num_heads: int, dropout: float, image_dim: int | None = None):
         super().__init__()
@@ -242,8 +254,7 @@ class TextLayer(nn.Module):
         if image_dim is not None:
             self.cross_attention = Attention(dim, num_heads, image_dim, dropout)
             self.cross_norm = nn.LayerNorm(dim, eps=1e-12)
-        self.mlp = Mlp(dim, 4 * dim)
-        self.mlp_norm = nn.LayerNorm(dim, eps=1e-12)
+        self.mlp, self.mlp_norm = Mlp(dim, 4 * dim), nn.LayerNorm(dim, eps=1e-12)
 
     def attend(self, x, keys_values, image_index, keys_mask, return_probs):
         """Cross-attention of x (R, L, D); the others: see FusionEncoder.forward. Returns output (R, L, D), probs."""
@@ -269,8 +280,7 @@ class TextLayer(nn.Module):
             own, x, mask = self.self_attention.keys_values(x), x[:, :1], mask[:, :, :1]  # (R, L, D) -> (R, 1, D)
         x = self.self_norm(x + self.dropout(self.self_attention(x, *own, mask=mask)[0]))
         if keys_values is not None:
-            # On a CPU done again in backward, for 1 % of a step: copies and probabilities were a sixth of its memory.
-            # A GPU keeps no probabilities, and waits for the launches: there it cost a sixth of a step.
+            # On a CPU done again in backward: 1 % of a step for a sixth of its memory; on a GPU it cost a sixth of one
             again = x.device.type == "cpu" and torch.is_grad_enabled() and not return_probs
             attend = functools.partial(torch.utils.checkpoint.checkpoint, self.attend, use_reentrant=False)
             states, probs = (attend if again else self.attend)(x, keys_values, image_index, keys_mask, return_probs)
@@ -281,7 +291,7 @@ class TextLayer(nn.Module):
 class TextEncoder(nn.Module):
     """Embeddings and lower layers of BERT: input_ids (B, L) to token states (B, L, D). [ALBEF]
 
-    Copy with: Attention, GeluLinear, Mlp, TextLayer, init_weights, text_init_std.
+    Copy with: Linear, Attention, GeluLinear, Mlp, TextLayer, init_weights, text_init_std.
     """
 
     def __init__(self, vocab_size: int, positions: int, width: int, num_layers: int, num_heads: int, dropout: float):
@@ -306,7 +316,7 @@ class TextEncoder(nn.Module):
 
 
 class FusionEncoder(nn.Module):
-    """Multi-modal encoder. [ALBEF] Copy with: Attention, GeluLinear, Mlp, TextLayer, init_weights, text_init_std."""
+    """Fusion encoder. [ALBEF] Copy with: Linear, Attention, GeluLinear, Mlp, TextLayer, init_weights, text_init_std."""
 
     def __init__(self, width: int, image_dim: int, num_layers: int, num_heads: int, dropout: float, images_per_text=1):
         """images_per_text: with 2 (NLVR2) each layer is a pair that shares its key and value projections. [ALBEF]"""
@@ -365,8 +375,7 @@ class MlmHead(nn.Module):
 
     def __init__(self, width: int, vocab_size: int):
         super().__init__()
-        self.dense = nn.Linear(width, width)
-        self.norm = nn.LayerNorm(width, eps=1e-12)
+        self.dense, self.norm = nn.Linear(width, width), nn.LayerNorm(width, eps=1e-12)
         self.bias = nn.Parameter(torch.zeros(vocab_size))
         self.apply(functools.partial(init_weights, std=text_init_std(width)))
 
@@ -378,7 +387,8 @@ class MlmHead(nn.Module):
 class AnswerDecoder(nn.Module):
     """Answers, token by token, from the fused states of a question: causal, reading them by cross-attention. [ALBEF]
 
-    Copy with: Attention, GeluLinear, Mlp, TextLayer, TextEncoder, FusionEncoder, MlmHead, init_weights, text_init_std.
+    Copy with: Linear, Attention, GeluLinear, Mlp, TextLayer, TextEncoder, FusionEncoder, MlmHead, init_weights,
+    text_init_std.
     """
 
     def __init__(self, vocab_size: int, positions: int, width: int, num_layers: int, num_heads: int, dropout: float):
@@ -411,8 +421,7 @@ class Encoders(nn.Module):
         self.vision = VisionTransformer(image_size, patch_size, vision_width, vision_layers, vision_heads)
         self.text = TextEncoder(vocab_size, max_positions, text_width, text_layers, text_heads, dropout)
         self.fusion = FusionEncoder(text_width, vision_width, fusion_layers, text_heads, dropout, images_per_text)
-        self.image_proj = nn.Linear(vision_width, embed_dim)
-        self.text_proj = nn.Linear(text_width, embed_dim)
+        self.image_proj, self.text_proj = nn.Linear(vision_width, embed_dim), nn.Linear(text_width, embed_dim)
         self.mlm_head = MlmHead(text_width, vocab_size)
 
     def encode_image(self, image):
@@ -659,8 +668,7 @@ class PretrainModel(TaskModel):
         """Queue the twin's features (n, P) of all processes, image_ids (n,) or None. [ALBEF; after the step: ours]"""
         image_ids = image_feat_m.new_full(image_feat_m.shape[:1], -100).long() if image_ids is None else image_ids
         for name, entries in (("image_queue", image_feat_m), ("text_queue", text_feat_m), ("queue_ids", image_ids)):
-            entries = gather(entries)
-            write_queue(self.get_buffer(name), self.queue_written, entries)
+            write_queue(self.get_buffer(name), self.queue_written, entries := gather(entries))
         self.queue_written += len(entries)
 
     @torch.no_grad()
@@ -669,13 +677,9 @@ class PretrainModel(TaskModel):
         self.temp.clamp_(0.001, 0.5)
 
     def words_losses(self, image, input_ids, word_ids):
-        """The loss {words} of an image encoder without DeiT; its head, of the same width: word embeddings. [ours]
-
-        image (B, 3, S, S), normalised; input_ids, word_ids (B, L): of tokenize.
-        """
-        words = self.encoders.text.embeddings["word"].weight, self.encoders.mlm_head.bias
-        logits = F.linear(self.encoders.encode_image(image)[:, 1:], *words)  # (B, N, V)
-        return {"words": words_loss(logits, input_ids, word_ids)}
+        """{words}, for a fresh ViT [ours], of image (B, 3, S, S), normalised, tokenize's input_ids, word_ids (B, L)."""
+        words = self.encoders.text.embeddings["word"].weight, self.encoders.mlm_head.bias  # its head
+        return {"words": words_loss(F.linear(self.encoders.encode_image(image)[:, 1:], *words), input_ids, word_ids)}
 
     def forward(self, image, input_ids, attention_mask, masked_ids, mlm_labels, word_ids, image_ids, alpha,
                 generator=None, clean_image=None):
@@ -1057,8 +1061,7 @@ def load_tokenizer(name):
     if twice := [entry for i, entry in enumerate(entries) if ids[entry] != i]:
         raise ValueError(f"{name}: the entry {twice[0]!r} stands there twice, so ids are not clear; remove one")
     accents = any(map(unicodedata.combining, unicodedata.normalize("NFD", "".join(entries))))  # then they stay in texts
-    # transformers 5 ignores vocab_file= without a word and maps all to [UNK]; vocab= works
-    return BertTokenizer(vocab=ids, strip_accents=not accents)
+    return BertTokenizer(vocab=ids, strip_accents=not accents)  # transformers 5 ignores vocab_file=: all is [UNK]
 
 
 def vocabulary(tokenizer) -> list[str]:
@@ -1187,9 +1190,8 @@ def pair_layers(state: dict, encoders: Encoders) -> dict:
     images = encoders.fusion.images_per_text
     if images == 1 or len(layers) * images != len(encoders.fusion.layers):
         return state
-    def renamed(key, i):  # sub leaves the names of other parts as they are
-        return pattern.sub(lambda match: f"{match[1]}{images * int(match[2]) + i}{match[3]}", key)
-    return {renamed(key, i): tensor for key, tensor in state.items() for i in range(images)}
+    return {pattern.sub(lambda match: f"{match[1]}{images * int(match[2]) + i}{match[3]}", key): tensor
+            for key, tensor in state.items() for i in range(images)}  # sub leaves the names of other parts as they are
 
 
 def start_decoder(encoders: Encoders):
@@ -1209,8 +1211,7 @@ def load_weights(module, state: dict, missing_ok: tuple[str, ...] = ()) -> list[
     missing_ok: regular expressions of names that may be missing. Returns the names that were.
     """
     own = module.state_dict()
-    vits = {name: m for name, m in module.named_modules() if isinstance(m, VisionTransformer)}
-    grids = {f"{name}.pos_embed".removeprefix("."): vit.grid for name, vit in vits.items()}
+    grids = {f"{name}.pos_embed".removeprefix("."): m.grid for name, m in module.named_modules() if hasattr(m, "grid")}
     state = {k: resize_pos_embed(v, grids[k]) if k in grids else v for k, v in state.items()}
     missing = [k for k in own if k not in state]
     faults = [f"{k} is missing" for k in missing if not any(re.search(pattern, k) for pattern in missing_ok)]
@@ -1353,8 +1354,7 @@ class Pretrained:
         with torch.inference_mode(False), torch.enable_grad():
             logits, attention, tokens = self.match_pass(image, text, layer)
             cam = word_attention(attention, logits[:, 1])[0]  # (L, N)
-        pieces = self.tokenizer.convert_ids_to_tokens(tokens["input_ids"][0].tolist())
-        word_ids = tokens["word_ids"][0]
+        pieces, word_ids = self.tokenizer.convert_ids_to_tokens(tokens["input_ids"][0].tolist()), tokens["word_ids"][0]
         own = [(word_ids == word).nonzero().flatten().tolist() for word in range(int(word_ids.max()) + 1)]  # its pieces
         words = ["".join(pieces[i].removeprefix("##") for i in word) for word in own]
         maps, grid = [cam[word].mean(0) for word in own], self.encoders.vision.grid

@@ -2115,6 +2115,35 @@ def test_pretrained_word_attention(trained, layer, surrounding):
     assert all(p.grad is None for p in pretrained.model.parameters())
 
 
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch without oneDNN")
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("turned", [False, True])  # not contiguous: copied
+def test_a_large_linear_layer_is_a_convolution_and_gives_the_same(bias, turned):
+    layer, x = softmask.Linear(512, 520, bias=bias), randn(4, 256, 512).requires_grad_()
+    inputs, weights = x.transpose(0, 1) if turned else x, list(layer.parameters())
+    with Operations() as operations:
+        out = layer(inputs)
+    assert "convolution" in operations.names and not {"mm", "addmm"} & set(operations.names)
+    plain, out_grad = F.linear(inputs, layer.weight, layer.bias), randn(*out.shape)
+    assert out.is_contiguous() and out.shape == plain.shape
+    assert_near(out, plain, 1e-5)
+    for found, expected in zip(*(torch.autograd.grad(y, [x, *weights], out_grad) for y in (out, plain)), strict=True):
+        assert found.stride() == expected.stride()
+        assert_near(found, expected, 1e-5)
+
+
+@pytest.mark.parametrize("rows, width, new_width, dtype", [
+    (1023, 512, 512, torch.float32), (1024, 511, 512, torch.float32), (1024, 512, 511, torch.float32),
+    (1024, 512, 512, torch.bfloat16),
+])
+def test_any_other_linear_layer_is_pytorch_s(rows, width, new_width, dtype):
+    layer, x = softmask.Linear(width, new_width).to(dtype), randn(rows, width).to(dtype)
+    assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
+    with Operations() as operations:
+        layer(x)
+    assert "addmm" in operations.names and "convolution" not in operations.names
+
+
 def test_gelu_linear_of_float32_states_under_autocast():
     x, weight, bias = (randn(*shape).requires_grad_() for shape in ((2, 3, 8), (4, 8), (4,)))
     expected = torch.autograd.grad(F.linear(F.gelu(x), weight, bias).square().sum(), (x, weight, bias))
