@@ -542,7 +542,17 @@ def scene_rows(config, name):
     """What data.grounding_boxes or data.foils, by name, lists: dicts with image, caption, and the keys named here."""
     more = {"objects": (list,), "other_boxes": (list,)} if name == "grounding_boxes" else {"foil": (str,), "kind": (str,)}
     path = getattr(config.data, name)
-    return data.check_rows(path, data.read_json(path), {"image": (str,), "caption": (str,)} | more)
+    rows = data.check_rows(path, data.read_json(path), {"image": (str,), "caption": (str,)} | more)
+    for number, row in enumerate(rows if name == "grounding_boxes" else ()):
+        items = [item if isinstance(item, dict) else {} for item in row["objects"]]
+        for box in [item.get("box") for item in items] + row["other_boxes"]:
+            if not isinstance(box, list) or [type(value) in (int, float) for value in box] != [True] * 4:
+                raise data.InputError(f"{path}: record {number} (from 0): a box is [x, y, width, height], got {data.short(box)}")
+        for words in (item.get("attribute_indices") for item in items):
+            if not isinstance(words, dict) or "shape" not in words or {type(index) for index in words.values()} != {int}:
+                raise data.InputError(f"{path}: record {number} (from 0): attribute_indices of an object gives the number of "
+                                      f'the word of its "shape", and of others, got {data.short(words)}')
+    return rows
 
 
 def evaluation_files(task, config):

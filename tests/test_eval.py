@@ -197,6 +197,31 @@ def test_box_at_the_border_takes_centres_from_its_left_and_upper_edge_on():
         assert evaluation.pointing(cam, box, [])["hit_own"] == own, box
 
 
+OBJECT = {"box": [0, 0, 8.5, 8], "attribute_indices": {"color": 1, "shape": 2}}
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"objects": [OBJECT | {"box": [0, 0, 8]}]}, r"a box is \[x, y, width, height\], got \[0, 0, 8\]"),
+    ({"objects": [OBJECT | {"box": [0, 0, 8, "8"]}]}, "got .0, 0, 8, '8'."),
+    ({"objects": [OBJECT | {"box": [0, 0, 8, True]}]}, "got .0, 0, 8, True."),
+    ({"objects": [{}]}, "got None"), ({"objects": ["red star"]}, "got None"),
+    ({"other_boxes": [[0, 0, 8, 8], 7]}, "got 7"),
+    ({"objects": [OBJECT | {"attribute_indices": {"color": 1}}]}, "the word of its \"shape\", and of others, got {'color': 1}"),
+    ({"objects": [OBJECT | {"attribute_indices": {"shape": "star"}}]}, "got {'shape': 'star'}"),
+    ({"objects": [OBJECT | {"attribute_indices": [1, 2]}]}, r"got \[1, 2\]"),
+])
+def test_boxes_that_pointing_cannot_use_are_named_before_training(scene, tmp_path, change, message):
+    _, _, config, _ = scene
+    path = tmp_path / "boxes.json"
+    row = {"image": "a.jpg", "caption": "red star", "objects": [OBJECT], "other_boxes": [[1, 2, 3, 4]]}
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, grounding_boxes=str(path)))
+    path.write_text(json.dumps([row, row]))
+    assert evaluation.scene_rows(config, "grounding_boxes") == [row, row]
+    path.write_text(json.dumps([row, row | change]))
+    with pytest.raises(data.InputError, match=f"boxes.json: record 1 .from 0.: .*{message}"):
+        evaluation.scene_rows(config, "grounding_boxes")
+
+
 def test_grounding_looks_at_the_pieces_of_the_shape_word(scene, monkeypatch):
     model, tokenizer, config, folder = scene
     row = json.loads((folder / "boxes_test.json").read_text())[0]
