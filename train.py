@@ -856,7 +856,7 @@ def main(arguments):
     evaluation.join_processes(config)
     config = evaluation.with_scenes(config)
     if options.check:
-        return 0 if data.check(config, options.task) else 1
+        return 0 if evaluation.rank() or data.check(config, options.task) else 1  # once
     if os.path.isfile(options.out):
         raise data.InputError(f"--out {options.out} is a file; give it a folder")
     os.makedirs(options.out, exist_ok=True)

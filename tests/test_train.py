@@ -1125,6 +1125,12 @@ def test_torchrun_ends_when_one_process_fails(own_files, tmp_path):
     assert len(read_log(tmp_path / "out")) == 2
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_check_is_printed_once(processes, tmp_path):
+    result = run(tmp_path, "train.py", "check", "pretrain", *TINY, processes=processes)
+    assert result.status in (0, [0, 0]) and result.out.count("pretrain.json: 96 records") == 1, result.out
+
+
 def test_check_counts_and_names_what_is_missing(own_files, tmp_path):
     result = run(tmp_path, "train.py", "check", "pretrain", *TINY)
     assert result.status == 0 and "pretrain.json: 96 records; 0 of 96 images missing" in result.out
