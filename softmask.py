@@ -62,9 +62,9 @@ from torchvision.transforms.v2 import functional as TF
 
 # Building blocks
 class Linear(nn.Linear):
-    """nn.Linear; a large product on a CPU is made as a 1 x 1 convolution: oneDNN's, sooner than BLAS on AMD. [ours]"""
+    """nn.Linear; a large product on a CPU is made as a 1 x 1 convolution: oneDNN's, sooner than MKL's on AMD. [ours]"""
 
-    least_rows = 1024 if torch.backends.mkldnn.is_available() else math.inf  # no oneDNN in PyTorch for a Mac
+    least_rows = 1024 if torch.backends.mkl.is_available() else math.inf  # not measured elsewhere: ARM, a Mac
 
     @staticmethod
     def product(x, weight, bias=None):
@@ -677,7 +677,7 @@ class PretrainModel(TaskModel):
         self.temp.clamp_(0.001, 0.5)
 
     def words_losses(self, image, input_ids, word_ids):
-        """{words}, for a fresh ViT [ours], of image (B, 3, S, S), normalised, tokenize's input_ids, word_ids (B, L)."""
+        """{words}, for a fresh ViT [ours]; image (B, 3, S, S), normalised; input_ids, word_ids (B, L): of tokenize."""
         words = self.encoders.text.embeddings["word"].weight, self.encoders.mlm_head.bias  # its head
         return {"words": words_loss(F.linear(self.encoders.encode_image(image)[:, 1:], *words), input_ids, word_ids)}
 

@@ -2115,7 +2115,7 @@ def test_pretrained_word_attention(trained, layer, surrounding):
     assert all(p.grad is None for p in pretrained.model.parameters())
 
 
-@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch without oneDNN")
+@pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="PyTorch without MKL")
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("turned", [False, True])  # not contiguous: copied
 def test_a_large_linear_layer_is_a_convolution_and_gives_the_same(bias, turned):
