@@ -1368,12 +1368,12 @@ def load_grounding(path, config):
         boxes, name = dets.get(str(ref["image_id"]), []), str((image or {}).get("file_name", record["image"]))
         for good, problem in [
             ("split" in ref, f"ref_id {record['ref_id']} is not in {files.refs}"),
-            (_is_box(annotation.get("bbox")), f"annotation {ref['ann_id']} has no bbox in {files.instances}"),
+            (is_box(annotation.get("bbox")), f"annotation {ref['ann_id']} has no bbox in {files.instances}"),
             (image and min(image["height"], image["width"]) > 0 and image["height"] * image["width"] <= MAX_PIXELS,
              f"image {ref['image_id']} has no size in {files.instances}, or one over {MAX_PIXELS:,} pixels"),
             (os.path.basename(name) == os.path.basename(record["image"]),
              f"image {ref['image_id']} is {name} in {files.instances}, not {record['image']}"),
-            (isinstance(boxes, list) and all(map(_is_box, boxes)),
+            (isinstance(boxes, list) and all(map(is_box, boxes)),
              f"the proposals of image {ref['image_id']} in {files.dets} are no boxes [x, y, width, height]"),
         ]:
             if not good:
@@ -1387,7 +1387,7 @@ def load_grounding(path, config):
     return rows
 
 
-def _is_box(value):
+def is_box(value):
     """Whether a value from JSON begins with x, y, width and height."""
     return (isinstance(value, list) and len(value) >= 4
             and all(type(number) in (int, float) and abs(number) < 1e9 for number in value[:4]))

@@ -546,7 +546,7 @@ def scene_rows(config, name):
     for number, row in enumerate(rows if name == "grounding_boxes" else ()):
         items = [item if isinstance(item, dict) else {} for item in row["objects"]]
         for box in [item.get("box") for item in items] + row["other_boxes"]:
-            if not isinstance(box, list) or [type(value) in (int, float) for value in box] != [True] * 4:
+            if not data.is_box(box) or len(box) > 4:
                 raise data.InputError(f"{path}: record {number} (from 0): a box is [x, y, width, height], got {data.short(box)}")
         for words in (item.get("attribute_indices") for item in items):
             if not isinstance(words, dict) or "shape" not in words or {type(index) for index in words.values()} != {int}:

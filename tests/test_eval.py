@@ -204,6 +204,8 @@ OBJECT = {"box": [0, 0, 8.5, 8], "attribute_indices": {"color": 1, "shape": 2}}
     ({"objects": [OBJECT | {"box": [0, 0, 8]}]}, r"a box is \[x, y, width, height\], got \[0, 0, 8\]"),
     ({"objects": [OBJECT | {"box": [0, 0, 8, "8"]}]}, "got .0, 0, 8, '8'."),
     ({"objects": [OBJECT | {"box": [0, 0, 8, True]}]}, "got .0, 0, 8, True."),
+    ({"objects": [OBJECT | {"box": [0, 0, 8, 8, 8]}]}, "got .0, 0, 8, 8, 8."),
+    ({"other_boxes": [[0, 0, 8, float("nan")]]}, "got .0, 0, 8, nan."),
     ({"objects": [{}]}, "got None"), ({"objects": ["red star"]}, "got None"),
     ({"other_boxes": [[0, 0, 8, 8], 7]}, "got 7"),
     ({"objects": [OBJECT | {"attribute_indices": {"color": 1}}]}, "the word of its \"shape\", and of others, got {'color': 1}"),
