@@ -68,7 +68,7 @@ class Linear(nn.Linear):
 
     @staticmethod
     def product(x, weight, bias=None):
-        rows = x[..., 0].numel()
+        rows = x.shape[:-1].numel()
         if rows < Linear.least_rows or min(weight.shape) < 512 or x.device.type != "cpu" or x.dtype != torch.float32:
             return F.linear(x, weight, bias)
         pixels = x.reshape(1, rows, 1, -1).movedim(-1, 1)  # (..., D) -> (1, D, rows, 1), channels last
